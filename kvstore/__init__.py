@@ -1,0 +1,38 @@
+"""kvstore: compile the KV caches of language models offline, keep them in a store, bring them back at question time.
+
+Everything heavy is imported at first use, so that `import kvstore` costs milliseconds.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from kvstore.errors import (
+    FormatError,
+    IncompatibleError,
+    InputError,
+    IntegrityError,
+    KvstoreError,
+    NotFoundError,
+    ResourceError,
+    StorageError,
+)
+
+if TYPE_CHECKING:
+    from kvstore.api import OpenStore, open
+    from kvstore.builder import BuildReport, build
+    from kvstore.compose import Prompt, collate
+    from kvstore.documents import Document
+
+__version__ = "0.1.0"
+__all__ = ["BuildReport", "Document", "FormatError", "IncompatibleError", "InputError", "IntegrityError", "KvstoreError", "NotFoundError",
+           "OpenStore", "Prompt", "ResourceError", "StorageError", "build", "collate", "open"]  # fmt: skip
+_HOMES = {"open": "api", "OpenStore": "api", "build": "builder", "BuildReport": "builder", "Prompt": "compose", "collate": "compose",
+          "Document": "documents"}  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'kvstore' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"kvstore.{_HOMES[name]}"), name)

@@ -1,0 +1,147 @@
+"""What users open: a store with its model, ready to load and to compose. Heavy imports happen at the first load, not at open."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from kvstore.errors import InputError
+from kvstore.manifest import Row
+from kvstore.store import Store, Stored
+
+if TYPE_CHECKING:
+    import torch
+    from zarr import Group
+
+    from kvstore.compose import Composer, Prompt
+    from kvstore.decode import Decoder
+    from kvstore.loader import Prefix
+    from kvstore.lookup import View
+    from kvstore.match import Match
+    from kvstore.models import ModelSource
+    from kvstore.verify import VerifyReport
+
+
+def open(path: str | Path = "kv.zarr", model: Any = None, tokenizer: Any = None, *, template: str | None = None, encoding: str | None = None,
+         dtype: str | None = None, device: str | None = None) -> OpenStore:  # fmt: skip
+    """Open a store. With a `model` (path, hub id, or object with its `tokenizer`) its identity is checked, and its probe for objects.
+
+    Without a model the store lists, verifies and compares; the first `load` or `compose` then loads the model that built it.
+    Raises NotFoundError, FormatError, IncompatibleError.
+    """
+    return OpenStore(path, model, tokenizer, template=template, encoding=encoding, dtype=dtype, device=device)
+
+
+class OpenStore(Store):
+    """A store and, once needed, its model. `template` and `encoding` choose where the store holds several (beginnings of keys will do)."""
+
+    def __init__(self, path: str | Path, model: Any = None, tokenizer: Any = None, *, template: str | None = None, encoding: str | None = None,
+                 dtype: str | None = None, device: str | None = None):  # fmt: skip
+        super().__init__(path)
+        self._given, self._tokenizer, self._dtype, self._device = model, tokenizer, dtype, device
+        self._choice = {"template": template, "encoding": encoding}
+        if model is not None:
+            self.source.require_known(self)
+            if self.source.is_object and self.has_model(self.source.identity.key):
+                self.source.check(self)
+
+    @cached_property
+    def source(self) -> ModelSource:
+        """The model, loaded lazily; compared with the store's probe when it is."""
+        from kvstore.models import ModelSource, model_for
+
+        if self._given is not None:
+            return ModelSource(self._given, self._tokenizer, dtype=self._dtype, device=self._device)
+        return model_for(self, None, dtype=self._dtype, device=self._device)
+
+    @cached_property
+    def model(self) -> Any:
+        """The live model. Raises IncompatibleError where it does not compute what the store holds."""
+        self.source.require_known(self)
+        if not self.source.is_object:
+            self.source.check(self)
+        return self.source.model
+
+    @cached_property
+    def _decoder(self) -> Decoder:
+        from kvstore.decode import Decoder
+
+        return Decoder()
+
+    def refresh(self) -> None:
+        """See what others committed since."""
+        super().refresh()
+        self.__dict__.pop("_composer", None)
+
+    @cached_property
+    def _composer(self) -> Composer:
+        from kvstore.compose import Composer
+
+        _ = self.model  # checked before anything of it is used
+        return Composer(self.view, self.source, self._decoder)
+
+    @property
+    def view(self) -> View:
+        """The model, template and encoding that loads come from."""
+        from kvstore.lookup import View
+        from kvstore.tokens import TextEncoder
+
+        self.source.require_known(self)
+        return View(self, self.source.identity, TextEncoder(self.source.tokenizer), **self._choice)
+
+    def compose(self, documents: Sequence[Any] = (), query: str = "", *, reuse: Literal["prefix", "blocks"] = "prefix", tier: str | None = None,
+                max_kl: float | None = None, max_bytes: int | None = None, deadline: float | None = None) -> Prompt:  # fmt: skip
+        """A prompt of head, `documents` and `query`, its beginning from the store. `model.generate(**prompt.inputs)` answers.
+
+        `documents`: source names (`a.md`, `a.md#3`), Documents, dicts with text, or retriever objects. `reuse`: `prefix` takes the longest
+        stored chain and is exact; `blocks` puts separately stored documents side by side, which is approximate. At most one of `tier`, `max_kl`
+        (nats a token), `max_bytes`, `deadline` (seconds); the finest stored tier otherwise.
+        """
+        from kvstore.quality import Quality
+
+        if not query.strip():
+            raise InputError("a prompt needs a query", remedy="pass query=, or use load() for the cache alone")
+        given = [documents] if isinstance(documents, str) else list(documents)
+        return self._composer.compose(given, query, reuse, Quality(tier, max_kl, max_bytes, deadline))
+
+    def load(self, source: str, *, tier: str | None = None, max_kl: float | None = None, max_bytes: int | None = None,
+             deadline: float | None = None) -> Prefix:  # fmt: skip
+        """The head and one stored document, or passage of it, as a cache to go on from: `.cache .input_ids .receipt .prompt(query)`."""
+        from kvstore.loader import load
+        from kvstore.quality import Quality
+
+        return load(self._composer, source, Quality(tier, max_kl, max_bytes, deadline))
+
+    def read(self, source: str, *, tier: str | None = None, max_kl: float | None = None, max_bytes: int | None = None, deadline: float | None = None,
+             position: int = 0, device: str = "cpu") -> tuple[list[int], list[tuple[torch.Tensor, torch.Tensor]], dict[str, Any]]:  # fmt: skip
+        """One document's own KV, decoded at `position`, without a model: token ids, per layer (K, V) [1, heads, tokens, head_dim], receipt."""
+        from kvstore.loader import read
+        from kvstore.quality import Quality
+
+        return read(self, source, Quality(tier, max_kl, max_bytes, deadline), self._decoder, position, device)
+
+    def match(self, text: str, source: str | None = None) -> Match:
+        """The longest stored run for a text, and where it first differs."""
+        from kvstore.match import match
+
+        view = self.view
+        record = view.renderer.record
+        return match(self, view.renderer.document(text), model=view.model.key, template=record.id, encoding=view.encoding_id, source=source)
+
+    def verify(self) -> VerifyReport:
+        """Check every digest in the store."""
+        from kvstore.verify import verify
+
+        return verify(self)
+
+    def as_zarr(self, tier: str) -> Group:
+        """A read-only Zarr group with one array a pack, at `tier`, refinements applied. K is before RoPE."""
+        from kvstore.zarr_view import as_zarr
+
+        return as_zarr(self, tier)
+
+    def artifacts(self, row: Row) -> list[Stored]:
+        """Every stored artifact that a row needs."""
+        return [self.stored(key, row.encoding) for key in sorted(row.keys())]

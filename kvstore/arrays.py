@@ -1,0 +1,56 @@
+"""zarr.json of the arrays in a pack: deterministic bytes that follow from the manifest, so that `verify` can compare them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from kvstore.manifest import Encoding, Layout, PackManifest, Tier
+from kvstore.pack import NO_TOKEN, row_dtype
+
+NAN_BITS = {"bfloat16": 0x7FC0, "float16": 0x7E00, "float32": 0x7FC00000}
+UINT = {"bfloat16": "uint16", "float16": "uint16", "float32": "uint32"}
+_LITTLE = {"name": "bytes", "configuration": {"endian": "little"}}
+
+
+def array_metadata(data_type: str, shape: list[int], chunk: list[int], fill: int | str, names: list[str], codecs: list[dict[str, Any]]) -> bytes:
+    """zarr.json of one array in a single chunk (shard) with a flat chunk key."""
+    document = {"zarr_format": 3, "node_type": "array", "shape": shape, "data_type": data_type,
+                "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk}},
+                "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
+                "fill_value": fill, "codecs": codecs, "attributes": {}, "dimension_names": names}  # fmt: skip
+    return msgspec.json.format(msgspec.json.encode(document, order="deterministic"), indent=1)
+
+
+def tier_metadata(tier: Tier, layout: Layout, encoding: Encoding, slots: int) -> bytes:
+    """One tier: [layer, kv, token, channel], a shard whose inner chunks are the units."""
+    spec, dtype = encoding.codec(tier.codec), layout.dtype
+    inner = [encoding.group_layers, 2, encoding.block_tokens, layout.channels]
+    shape = [layout.layers, 2, slots, layout.channels]
+    whole = [-(-layout.layers // inner[0]) * inner[0], *shape[1:]]
+    unit = {"codec": spec.name, "version": spec.version, "params": spec.params, "calibration": spec.calibration, "level": tier.level,
+            "dtype": dtype}  # fmt: skip
+    sharding = {"chunk_shape": inner, "codecs": [{"name": "kvstore.unit", "configuration": unit}, {"name": "crc32c"}],
+                "index_codecs": [_LITTLE, {"name": "crc32c"}], "index_location": "end"}  # fmt: skip
+    codecs = [{"name": "sharding_indexed", "configuration": sharding}]
+    data_type, fill = (UINT[dtype], NAN_BITS[dtype]) if tier.exact else ("float32", "NaN")
+    return array_metadata(data_type, shape, whole, fill, ["layer", "kv", "token", "channel"], codecs)
+
+
+def tokens_metadata(slots: int) -> bytes:
+    """The token ids of all segments, padded to whole blocks."""
+    codecs: list[dict[str, Any]] = [_LITTLE, {"name": "gzip", "configuration": {"level": 9}}]
+    return array_metadata("uint32", [slots], [slots], NO_TOKEN, ["token"], codecs)
+
+
+def rows_metadata(segments: int, encoding: Encoding) -> bytes:
+    """The table of segments, one row of bytes each."""
+    shape = [segments, row_dtype(encoding).itemsize]
+    return array_metadata("uint8", shape, shape, 0, ["segment", "byte"], [{"name": "bytes"}])
+
+
+def pack_metadata(manifest: PackManifest) -> dict[str, bytes]:
+    """Every zarr.json below a pack's own, by relative path."""
+    tiers = {f"{t.array}/zarr.json": tier_metadata(t, manifest.layout, manifest.encoding, manifest.slots) for t in manifest.encoding.tiers}
+    return tiers | {"tokens/zarr.json": tokens_metadata(manifest.slots), "segments/zarr.json": rows_metadata(manifest.segments, manifest.encoding)}

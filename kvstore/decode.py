@@ -1,0 +1,134 @@
+"""Units to values: decoded group by group, rotated to their positions, written straight into the tensors of a cache."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from kvstore.codecs import get_codec
+from kvstore.errors import ResourceError
+from kvstore.families.rope import cos_sin, rotate
+from kvstore.manifest import Layout, Tier
+from kvstore.store import Stored, tier_chain
+
+TORCH = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+KV = tuple[torch.Tensor, torch.Tensor]
+
+
+def allocate(layout: Layout, tokens: int, device: torch.device | str = "cpu") -> list[KV]:
+    """Per layer K and V [1, kv_heads, tokens, head_dim] in the model's dtype, uninitialised. Raises ResourceError where memory is short."""
+    dtype = TORCH[layout.dtype]
+    need = layout.values_per_token * tokens * dtype.itemsize
+    if (free := free_memory(torch.device(device))) is not None and need > free:
+        raise ResourceError(f"the cache of {tokens:,} tokens takes {need / 2**20:,.0f} MiB, {free / 2**20:,.0f} MiB are free on {device}",
+                            remedy="load fewer documents or passages")  # fmt: skip
+    shape = (1, layout.kv_heads, tokens, layout.head_dim)
+    return [(torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device)) for _ in range(layout.layers)]
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes free on a device, None where nobody can say."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return None
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What to decode where: tokens `first : first + count` of an artifact at `tier`, to cache rows `at`, rotated to positions from `position`."""
+
+    stored: Stored
+    tier: str
+    count: int
+    at: int
+    position: int
+    first: int = 0
+
+
+class Decoder:
+    """Decodes artifacts into caches. One object may serve many threads."""
+
+    def __init__(self, workers: int | None = None):
+        self.workers = workers or os.cpu_count() or 1
+
+    def decode(self, piece: Piece, cache: Sequence[KV]) -> None:
+        """Fill `cache` rows `at : at + count` of every layer. Raises IntegrityError where stored bytes are damaged."""
+        stored, tiers = piece.stored, tier_chain(piece.stored.encoding, piece.tier)
+        units = [stored.pack.units(stored.segment, t.array) for t in tiers]
+        place = _Placer(piece, cache)
+        with ThreadPoolExecutor(self.workers) as pool:
+            checks = [pool.submit(stored.pack.check_once, stored.segment, t.array) for t in tiers]
+            pending: deque[tuple[int, Future[npt.NDArray[Any]]]] = deque()
+            for group in range(stored.pack.groups):
+                pending.append((group, pool.submit(_decode_group, piece, tiers, [u[group] for u in units], group)))
+                if len(pending) > self.workers:  # bounds the memory beside the cache
+                    _finish(pending, place)
+            while pending:
+                _finish(pending, place)
+            for check in checks:
+                check.result()
+
+
+def _finish(pending: deque[tuple[int, Future[npt.NDArray[Any]]]], place: _Placer) -> None:
+    group, future = pending.popleft()
+    place(group, future.result())
+
+
+def _decode_group(piece: Piece, tiers: Sequence[Tier], units: Sequence[Sequence[memoryview]], group: int) -> npt.NDArray[Any]:
+    """[group layers, 2, tokens, channels]: float32, or bit patterns for exact tiers."""
+    encoding, layout = piece.stored.encoding, piece.stored.pack.layout
+    spec, block = encoding.codec(tiers[-1].codec), encoding.block_tokens
+    codec = get_codec(spec.name, spec.version, spec.params)
+    last = piece.first + piece.count
+    dtype = np.float32 if not tiers[-1].exact else (np.uint32 if layout.dtype == "float32" else np.uint16)
+    start = piece.first // block
+    out = np.empty((len(piece.stored.pack.group_layers(group)), 2, min(-(-last // block) * block, piece.stored.segment.tokens) - start * block,
+                    layout.channels), dtype)  # fmt: skip
+    for b in range(start, -(-last // block)):
+        codec.decode([tier[b] for tier in units], out[:, :, (b - start) * block : (b - start + 1) * block])
+    return out[:, :, piece.first - start * block : last - start * block]
+
+
+class _Placer:
+    """Casts, transposes and rotates decoded groups into the cache."""
+
+    def __init__(self, piece: Piece, cache: Sequence[KV]):
+        self.piece, self.cache, self.layout = piece, cache, piece.stored.pack.layout
+        self.dtype, self.device = TORCH[self.layout.dtype], cache[0][0].device
+        self.positions = torch.arange(piece.position, piece.position + piece.count)
+        self.angles = [cos_sin(self.positions, rope, self.dtype, "cpu") for rope in self.layout.ropes]
+
+    def __call__(self, group: int, values: npt.NDArray[Any]) -> None:
+        for layer, kv in zip(self.piece.stored.pack.group_layers(group), values, strict=True):
+            into_k, into_v = (t[0, :, self.piece.at : self.piece.at + self.piece.count] for t in self.cache[layer])
+            self._keys(self._tensor(kv[0]), self.layout.rope_of[layer], into_k)
+            into_v.copy_(self._tensor(kv[1]))
+
+    def _keys(self, keys: torch.Tensor, rope: int | None, into: torch.Tensor) -> None:
+        if rope is None:
+            into.copy_(keys)
+            return
+        local = into if self.device.type == "cpu" else torch.empty(into.shape, dtype=self.dtype)
+        rotate(keys, self.positions, self.layout.ropes[rope], out=local, angles=self.angles[rope])
+        if local is not into:
+            into.copy_(local)
+
+    def _tensor(self, values: npt.NDArray[Any]) -> torch.Tensor:
+        """[kv_heads, tokens, head_dim] in the model's dtype, from [tokens, channels]."""
+        if values.dtype == np.float32:
+            plain = torch.from_numpy(values).to(self.dtype)
+        else:
+            plain = torch.from_numpy(values.view(np.int32 if values.itemsize == 4 else np.int16)).view(self.dtype)
+        return plain.view(len(values), self.layout.kv_heads, self.layout.head_dim).transpose(0, 1)

@@ -1,0 +1,207 @@
+"""What a model caches and how its keys turn with position, found by running it: no model is known by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+import msgspec
+import torch
+from torch import nn
+
+from kvstore.errors import IncompatibleError
+from kvstore.families.fit import Fit, Table, fit_rotation, moved, tables
+from kvstore.families.probe import PROBE_TOKENS, Seen, Singles, furthest_position, probe_ids, untouched, watch
+from kvstore.families.prove import Proof, nearby_floats, prove
+from kvstore.families.refuse import cache_problems, config_problems, listed, new_cache, rope_kinds, text_config
+from kvstore.families.rope import tolerance
+from kvstore.manifest import Layout, RopeRecord, ValueDtype
+
+
+@dataclass
+class Inspection:
+    """`layout` where the model is supported, else `problems`: what was found and what was expected, one line each.
+
+    `measurements` (plain values): cache_classes, offsets, tolerance, keys, values, dtype, layers (one dict each) and ropes.
+    """
+
+    layout: Layout | None = None
+    problems: list[str] = field(default_factory=list)
+    measurements: dict[str, Any] = field(default_factory=dict)
+
+
+def require_layout(model: nn.Module) -> Layout:
+    """The layout of a supported model. Raises IncompatibleError that lists what was measured."""
+    found = inspect_model(model)
+    if found.layout is None:
+        raise IncompatibleError(
+            f"{type(model).__name__}: " + "; ".join(found.problems),
+            remedy="`kvstore doctor` shows all measurements; this model's cache cannot be stored yet",
+        )
+    return found.layout
+
+
+def inspect_model(model: nn.Module) -> Inspection:
+    """Measure how `model` (a causal language model of transformers, any device and dtype) caches and rotates.
+
+    About six passes over 16 single tokens and two over 64; the model's mode, buffers and gradients are left as they were.
+    """
+    found = Inspection(problems=config_problems(model))
+    if text_config(model) is None:
+        return found
+    cache = new_cache(model)
+    found.measurements["cache_classes"] = [type(layer).__name__ for layer in cache.layers]
+    found.problems += cache_problems(cache)
+    if found.problems:
+        return found
+    with untouched(model):
+        try:
+            _measure(model, found)
+        except Exception as error:  # any code of any model may run here, and its failure is a finding
+            found.layout = None
+            found.problems.append(f"the probe could not be run: {type(error).__name__}: {error}")
+    return found
+
+
+def _measure(model: nn.Module, found: Inspection) -> None:
+    """Fill in `found`, stopping at the first kind of problem."""
+    singles, far = Singles(model, probe_ids(model)), furthest_position(model)
+    offsets = sorted({9, far // 3, far})
+    found.measurements["offsets"] = [0, *offsets]
+    _check_shapes(singles, found)
+    if found.problems:
+        return
+    _check_values(singles, offsets, found)
+    if found.problems:
+        return
+    fits = _fit_layers(model, singles, offsets, found)
+    if not found.problems:
+        found.layout = _layout(model, singles, fits, far, found)
+
+
+def _check_shapes(singles: Singles, found: Inspection) -> None:
+    """Keys and values of one shape [kv_heads, head_dim] in all layers, and of one dtype that kvstore stores."""
+    layers = singles.cache(0).layers
+    shapes = [(tuple(x.keys.shape), tuple(x.values.shape)) for x in layers]
+    dtypes = {str(t.dtype).removeprefix("torch.") for x in layers for t in (x.keys, x.values)}
+    (_, heads, _, width), (_, v_heads, _, v_width) = shapes[0]
+    found.measurements |= {"keys": [heads, width], "values": [v_heads, v_width], "dtype": min(dtypes)}
+    if (heads, width) != (v_heads, v_width):
+        text = f"keys are [{heads}, {width}] and values [{v_heads}, {v_width}] (latent attention?)"
+        found.problems.append(f"layer 0: {text}; expected one shape [kv_heads, head_dim]")
+    odd = [i for i, shape in enumerate(shapes) if shape != shapes[0]]
+    if odd:
+        found.problems.append(f"{listed(odd)}: keys, values {shapes[odd[0]]}; expected {shapes[0]} as in layer 0")
+    if len(dtypes) != 1 or not dtypes <= set(get_args(ValueDtype)):
+        found.problems.append(f"the cache holds {', '.join(sorted(dtypes))}; expected one of {', '.join(get_args(ValueDtype))}")
+
+
+def _check_values(singles: Singles, offsets: Sequence[int], found: Inspection) -> None:
+    """A token alone has the same values at every position, unless they are rotated or positions are added to the input."""
+    count, dtype = len(singles.cache(0).layers), singles.values(0, 0).dtype
+    moves = [max(moved(singles.values(i, 0), singles.values(i, d)) for d in offsets) for i in range(count)]
+    found.measurements["values_move"] = max(moves)
+    bad = [i for i, move in enumerate(moves) if move > still(dtype)]
+    if bad:
+        text = f"values move with position (by {moves[bad[0]]:.2g} of their size)"
+        found.problems.append(f"{listed(bad)}: {text}; expected keys alone to move")
+
+
+def _fit_layers(model: nn.Module, singles: Singles, offsets: list[int], found: Inspection) -> list[Fit | None]:
+    """Per layer the rotation of its keys, None where they do not move."""
+    first = singles.keys(0, 0)
+    known, limit = tables(model, first.shape[-1]), tolerance(first.dtype, offsets[-1])
+    found.measurements |= {"tolerance": limit, "tables": [t.name for t in known], "layers": []}
+    fits: list[Fit | None] = []
+    for layer in range(len(singles.cache(0).layers)):
+        fits.append(_fit_layer(singles, layer, known, offsets, found))
+    bad = [i for i, row in enumerate(found.measurements["layers"]) if row["residual"] > limit]
+    if bad:
+        found.problems.append(_unexplained(singles, bad, fits[bad[0]], offsets, found))
+    elif not any(fits):
+        found.problems.append("no layer's keys move with position_ids; expected RoPE (ALiBi and learned positions are not handled)")
+    return fits
+
+
+def _fit_layer(singles: Singles, layer: int, known: list[Table], offsets: list[int], found: Inspection) -> Fit | None:
+    def keys_at(position: int) -> torch.Tensor:
+        return singles.keys(layer, position)
+
+    dtype = keys_at(0).dtype
+    move = max(moved(keys_at(0), keys_at(d)) for d in offsets)
+    row: dict[str, Any] = {"layer": layer, "keys_move": move, "rotated": None, "residual": 0.0}
+    found.measurements["layers"].append(row)
+    if move <= still(dtype):
+        return None
+    fit = fit_rotation(keys_at, known, offsets, dtype)
+    if fit is None:
+        row |= {"rotated": "keys", "residual": move}
+        return None
+    if fit.table is None and fit.residual <= tolerance(dtype, offsets[-1]):
+        known.append(Table("fitted", torch.from_numpy(fit.record.frequencies().copy())))  # the next layers probably share it
+    record = fit.record
+    row |= {"rotated": "keys", "start": record.start, "dim": record.dim, "layout": record.layout}
+    row |= {"table": fit.table or "fitted", "residual": fit.residual}
+    return fit
+
+
+def _unexplained(singles: Singles, bad: list[int], fit: Fit | None, offsets: list[int], found: Inspection) -> str:
+    layer, limit = bad[0], found.measurements["tolerance"]
+    best = fit.describe() if fit is not None else "none could be tried"
+    grown = float(singles.keys(layer, offsets[-1]).float().norm() / singles.keys(layer, 0).float().norm())
+    return (
+        f"{listed(bad)}: keys move with position and no rotation explains it. Best for layer {layer}: {best}, accepted up to "
+        f"{limit:.2g}; from position 0 to {offsets[-1]} the keys' norm changes by a factor {grown:.4g}, expected 1"
+    )
+
+
+def _layout(model: nn.Module, singles: Singles, fits: list[Fit | None], far: int, found: Inspection) -> Layout:
+    """Group layers by rotation, prove that their keys can be seen before it, and put the layout together."""
+    heads, width = found.measurements["keys"]
+    named = [None if f is None else msgspec.structs.replace(f.record, kind=_kind(model, f, i)) for i, f in enumerate(fits)]
+    records = list(dict.fromkeys(r for r in named if r is not None))
+    rope_of = tuple(None if r is None else records.index(r) for r in named)
+    sources = {rope_of[i]: f.table for i, f in enumerate(fits) if f is not None}
+    samples = [s for start in (0, far + 1 - PROBE_TOKENS) for s in watch(model, probe_ids(model), start)]
+    proofs = [_prove(model, r, [s for s in samples if rope_of[s.layer] == i], sources[i]) for i, r in enumerate(records)]
+    hooked = all(proof is not None for proof in proofs)
+    ropes = [p.record if p and hooked else _unproved(model, r, sources[i]) for i, (p, r) in enumerate(zip(proofs, records))]
+    found.measurements["capture"] = "hooked" if hooked else "unrotated"
+    found.measurements["ropes"] = [_row(r, p if hooked else None) for r, p in zip(ropes, proofs, strict=True)]
+    return Layout(
+        layers=len(fits), kv_heads=heads, head_dim=width, dtype=found.measurements["dtype"],
+        capture="hooked" if hooked else "unrotated", rope_of=rope_of, ropes=tuple(ropes),
+    )  # fmt: skip
+
+
+def _prove(model: nn.Module, record: RopeRecord, samples: list[Seen], table: str | None) -> Proof | None:
+    return prove(record, samples, nearby_floats(model, table))
+
+
+def _unproved(model: nn.Module, record: RopeRecord, table: str | None) -> RopeRecord:
+    """Where keys are computed back from the cache, the scaling cannot be measured: it is read beside the table, else 1."""
+    owner, _, name = (table or "").rpartition(".")
+    scaling = getattr(model.get_submodule(owner), name.replace("inv_freq", "attention_scaling"), 1.0) if table else 1.0
+    return msgspec.structs.replace(record, scaling=scaling if isinstance(scaling, float) else 1.0, arithmetic="float32")
+
+
+def _row(record: RopeRecord, proof: Proof | None) -> dict[str, Any]:
+    row = {"kind": record.kind, "start": record.start, "dim": record.dim, "layout": record.layout}
+    row |= {"scaling": record.scaling, "arithmetic": record.arithmetic}
+    return row | {"exact": bool(proof and proof.exact), "residual": proof.residual if proof else None}
+
+
+def _kind(model: nn.Module, fit: Fit, layer: int) -> str:
+    """The rope type that the config gives for this layer, `fitted` where no table of the model was found."""
+    if fit.table in (None, "fitted"):
+        return "fitted"
+    config = text_config(model)
+    kinds = rope_kinds(config)
+    layer_types = getattr(config, "layer_types", None) or [""]
+    return kinds.get("") or kinds.get(layer_types[layer % len(layer_types)]) or "unnamed"
+
+
+def still(dtype: torch.dtype) -> float:
+    """Relative change below which a tensor counts as not moving: an alone token's is zero but for the hardware's whims."""
+    return max(torch.finfo(dtype).eps, 1e-6)

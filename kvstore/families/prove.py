@@ -1,0 +1,97 @@
+"""Proof that keys seen before their rotation become the cached ones, and with which scaling and arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Literal
+
+import msgspec
+import torch
+from torch import Tensor, nn
+
+from kvstore.families.capture import complete, views
+from kvstore.families.probe import Seen
+from kvstore.families.rope import residual, rotate, tolerance
+from kvstore.manifest import RopeRecord
+
+Arithmetic = Literal["model", "float32"]
+ARITHMETICS: tuple[Arithmetic, ...] = ("model", "float32")
+
+
+@dataclass(frozen=True)
+class Proof:
+    """`record` with scaling and arithmetic filled in. `residual`: of the worst layer; `exact`: every layer equal bit for bit."""
+
+    record: RopeRecord
+    residual: float
+    exact: bool
+
+
+def prove(record: RopeRecord, samples: Sequence[Seen], scalings: Sequence[float]) -> Proof | None:
+    """The scaling and arithmetic that turn tensors seen into the cached keys, over all layers of one rope.
+
+    `scalings`: numbers to try beside the measured one. None where rounding does not explain what remains: then nothing that
+    the layers gave to functions is their keys before RoPE.
+    """
+    proofs = [_score(record, samples, scaling, a) for scaling in _scalings(record, samples, scalings) for a in ARITHMETICS]
+    best = min(proofs, key=lambda p: (not p.exact, p.residual), default=None)
+    if best is None or best.residual > _tolerance(samples):
+        return None
+    return best
+
+
+def nearby_floats(model: nn.Module, table: str | None) -> list[float]:
+    """Plain float attributes of the module that owns `table`: one of them may be its scaling."""
+    if table is None:
+        return []
+    owner = model.get_submodule(table.rpartition(".")[0])
+    return [v for v in vars(owner).values() if isinstance(v, float) and v > 0]
+
+
+def _tolerance(samples: Sequence[Seen]) -> float:
+    return tolerance(samples[0].keys.dtype, max(int(s.positions[-1]) for s in samples))
+
+
+def _score(record: RopeRecord, samples: Sequence[Seen], scaling: float, arithmetic: Arithmetic) -> Proof:
+    record = msgspec.structs.replace(record, scaling=scaling, arithmetic=arithmetic)
+    found = [_best(record, sample) for sample in samples]
+    return Proof(record, max(r for r, _ in found), all(exact for _, exact in found))
+
+
+def _best(record: RopeRecord, sample: Seen) -> tuple[float, bool]:
+    """Residual, and whether it is bit for bit, of the tensor that does best in one layer."""
+    best = (float("inf"), False)
+    for whole in _wholes(record, sample):
+        got, want = rotate(whole, sample.positions, record), sample.keys[0]
+        if torch.equal(got, want):
+            return 0.0, True
+        best = min(best, (residual(got, want), False))
+    return best
+
+
+def _wholes(record: RopeRecord, sample: Seen) -> Iterator[Tensor]:
+    keys = sample.keys[0]
+    return (complete(view, keys, record) for view in views(sample.candidates, keys, record))
+
+
+def _scalings(record: RopeRecord, samples: Sequence[Seen], known: Sequence[float]) -> list[float]:
+    """Those of `known` and 1.0 that lie within 1 % of the measured scaling; else the measured one itself."""
+    measured = [m for m in (_measured(record, sample) for sample in samples) if m is not None]
+    if not measured:
+        return []
+    middle = median(measured)
+    near = [s for s in dict.fromkeys([1.0, *known]) if abs(s - middle) < 0.01 * middle]
+    return near or [float(torch.tensor(middle, dtype=torch.float32))]
+
+
+def _measured(record: RopeRecord, sample: Seen) -> float | None:
+    """Norm of the cached keys' rotated channels over that of the best tensor seen, which is the scaling of cos and sin."""
+    span, best = slice(record.start, record.start + record.dim), (float("inf"), None)
+    for whole in _wholes(record, sample):
+        norm = float(whole[..., span].float().norm())
+        ratio = float(sample.keys[0][..., span].float().norm()) / norm if norm else 0.0
+        wide = msgspec.structs.replace(record, scaling=ratio, arithmetic="float32")
+        best = min(best, (residual(rotate(whole.float(), sample.positions, wide), sample.keys[0]), ratio), key=lambda b: b[0])
+    return best[1]

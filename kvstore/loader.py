@@ -1,0 +1,79 @@
+"""Stored KV back into tensors: one document as a prefix to generate from, or alone."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kvstore.compose import Composer, Prompt
+from kvstore.decode import KV, Decoder, Piece, allocate
+from kvstore.errors import InputError
+from kvstore.quality import Quality
+from kvstore.receipt import Receipt
+from kvstore.store import Store
+
+if TYPE_CHECKING:
+    from transformers import Cache
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """A cache of the head and one document. `prompt(query)` puts a question after it, over the same tensors."""
+
+    base: Prompt
+    composer: Composer
+
+    @property
+    def cache(self) -> Cache:
+        """A fresh DynamicCache at each access."""
+        return self.base.cache
+
+    @property
+    def input_ids(self) -> torch.Tensor:
+        """int64 [1, tokens]: the ids that the cache stands for."""
+        return self.base.input_ids
+
+    @property
+    def receipt(self) -> Receipt:
+        return self.base.receipt
+
+    def prompt(self, query: str) -> Prompt:
+        """This prefix and a question. Raises InputError for an empty one."""
+        if not query.strip():
+            raise InputError("a prompt needs a query")
+        tail = torch.tensor([self.composer.view.renderer.query(query)], device=self.input_ids.device)
+        ids = torch.cat([self.input_ids, tail], dim=1)
+        receipt = Receipt(**{**_fields(self.receipt), "prompt_tokens": ids.shape[1]})
+        return Prompt(ids, receipt, self.base.layers, self.base.config)
+
+
+def _fields(receipt: Receipt) -> dict[str, Any]:
+    return {name: getattr(receipt, name) for name in receipt.__struct_fields__}
+
+
+def load(composer: Composer, source: str, quality: Quality) -> Prefix:
+    """Raises NotFoundError, InputError for a document of several passages, IntegrityError for damaged bytes."""
+    blocks = composer.view.blocks(source)
+    if len(blocks) > 1:
+        raise InputError(f"{source!r} is stored in {len(blocks)} passages", remedy=f"name one: {blocks[0].label!r} ... {blocks[-1].label!r}")
+    return Prefix(composer.prefix(blocks[0], quality), composer)
+
+
+def read(store: Store, source: str, quality: Quality, decoder: Decoder, position: int, device: str) -> tuple[list[int], list[KV], dict[str, Any]]:
+    """One document's own KV at `position`, all its passages one after another."""
+    started = time.perf_counter()
+    artifact = store.artifact(source)
+    tiers = quality.choose(artifact.stored)
+    layers = allocate(artifact.layout, artifact.tokens, device)
+    at = 0
+    for stored in artifact.stored:
+        decoder.decode(Piece(stored, tiers[artifact.row.encoding], stored.segment.tokens, at, position + at), layers)
+        at += stored.segment.tokens
+    tier = tiers[artifact.row.encoding]
+    receipt = {"source": source, "snapshot": store.number, "model": artifact.row.model, "template": artifact.row.template,
+               "encoding": artifact.row.encoding, "tier": tier, "position": position, "tokens": artifact.tokens,
+               "nbytes": artifact.nbytes(tier), "milliseconds": (time.perf_counter() - started) * 1e3}  # fmt: skip
+    return artifact.token_ids, layers, receipt

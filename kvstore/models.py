@@ -1,0 +1,134 @@
+"""The model a command works with: the one it was given, the store's own, or the bundled one; loaded only when something must be computed."""
+
+from __future__ import annotations
+
+import logging
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvstore import bundled
+from kvstore.errors import InputError
+from kvstore.families.measure import require_layout
+from kvstore.fingerprint import check_probe, model_at, model_of, probe_ids, probe_sketch
+from kvstore.identity import require_same
+from kvstore.manifest import FORMAT, Layout, Model, ModelRecord
+from kvstore.store import Store, add_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+BUNDLED = "bundled"
+log = logging.getLogger("kvstore")
+_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+
+
+class ModelSource:
+    """A model by path, hub id or object, with its tokenizer. Identity first; weights are loaded at the first use of `model`.
+
+    `given` None means the bundled model. Raises InputError where nothing can be found under a name.
+    """
+
+    def __init__(self, given: Any = None, tokenizer: Any = None, *, dtype: str | None = None, device: str | None = None):
+        self.given, self._tokenizer, self.dtype, self.device = given, tokenizer, dtype, device
+        self.is_object = given is not None and not isinstance(given, (str, Path))
+        if self.is_object and tokenizer is None:
+            raise InputError("a model object needs its tokenizer", remedy="pass tokenizer=")
+
+    @cached_property
+    def folder(self) -> Path:
+        """The checkpoint on disk; a hub id is fetched into the hub's own cache where it is not there yet."""
+        if self.given is None or str(self.given) == BUNDLED:
+            return bundled.model_path()
+        if Path(self.given).is_dir():
+            return Path(self.given)
+        from huggingface_hub import snapshot_download
+
+        try:
+            return Path(snapshot_download(str(self.given), allow_patterns=_HUB_FILES))
+        except Exception as error:  # the hub raises many kinds: all mean that the name leads nowhere
+            raise InputError(f"no model at {self.given!r}: {str(error).splitlines()[0]}",
+                             remedy="give a folder saved by save_pretrained, or the id of a model that can be reached") from error  # fmt: skip
+
+    @cached_property
+    def identity(self) -> Model:
+        return model_of(self.given) if self.is_object else model_at(self.folder, self.dtype)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        if self._tokenizer is not None:
+            return self._tokenizer
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(str(self.folder))
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        if self.is_object:
+            return self.given
+        import torch
+        import transformers
+
+        transformers.utils.logging.disable_progress_bar()
+        log.info("loading %s", self.folder)
+        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        return transformers.AutoModelForCausalLM.from_pretrained(str(self.folder), dtype=self.identity.dtype).to(device).eval()
+
+    @cached_property
+    def layout(self) -> Layout:
+        """How the live model's cache is laid out and rotated, as measured. Raises IncompatibleError."""
+        return require_layout(self.model)
+
+    @property
+    def context_tokens(self) -> int:
+        """Positions the model was made for."""
+        if self.is_object:
+            config = self.given.config
+        else:
+            from transformers import AutoConfig
+
+            config = AutoConfig.from_pretrained(str(self.folder))
+        return int(getattr(config.get_text_config(decoder=True), "max_position_embeddings", 0) or 1 << 20)
+
+    @property
+    def source(self) -> str:
+        """What loads this model again: kept in the store as provenance."""
+        if self.is_object:
+            return str(self.given.config._name_or_path or "")
+        return BUNDLED if self.folder == bundled.model_path() else str(self.given)
+
+    def layout_in(self, store: Store) -> Layout:
+        """The layout, from the store where it knows the model."""
+        return store.model_record(self.identity.key).layout if store.has_model(self.identity.key) else self.layout
+
+    def register(self, store: Store, provenance: dict[str, str]) -> None:
+        """Check the live model against the store's probe, or keep its probe where the store sees it first."""
+        if store.has_model(self.identity.key):
+            self.check(store)
+            return
+        ids = probe_ids(int(self.model.config.get_text_config(decoder=True).vocab_size))
+        record = ModelRecord(FORMAT, "model", self.identity, self.layout, ids, provenance | {"source": self.source})
+        add_model(store.storage, record, probe_sketch(self.model, self.layout, ids))
+
+    def check(self, store: Store) -> None:
+        """Run the probe (which also proves the stored rotation). Raises IncompatibleError where the live model computes other K and V."""
+        record = store.model_record(self.identity.key)
+        found = probe_sketch(self.model, record.layout, record.probe_ids)
+        check_probe(found, store.probe(self.identity.key), record.layout.dtype)
+
+    def require_known(self, store: Store) -> None:
+        """Raises IncompatibleError naming the field that differs where the store holds only other models' artifacts."""
+        require_same(self.identity, [r.model for r in store.models()])
+
+
+def model_for(store: Store | None, given: Any, *, dtype: str | None = None, device: str | None = None) -> ModelSource:
+    """`given`, else the model the store was built by, else the bundled one with a warning."""
+    if given is not None:
+        return ModelSource(given, dtype=dtype, device=device)
+    known = [r.provenance.get("source", "") for r in store.models()] if store is not None else []
+    if len(set(known)) > 1:
+        raise InputError(f"the store holds {len(known)} models: {', '.join(known)}", remedy="say which with --model", code="ambiguous")
+    if known and known[0]:
+        return ModelSource(known[0], dtype=dtype, device=device)
+    log.warning("no model given: using the small bundled one, which is there to try kvstore out")
+    return ModelSource(None, dtype=dtype, device=device)

@@ -1,0 +1,144 @@
+"""What a build has to do: documents to rows, and the segments that are not stored yet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+from kvstore.documents import Document, Skipped, text_digest
+from kvstore.errors import InputError
+from kvstore.identity import Context, segment_key
+from kvstore.manifest import Encoding, Layout, Model, Passage, Regime, Row
+from kvstore.passages import LongRule, plan_document
+from kvstore.prefill import Chain
+from kvstore.snapshot import RowId
+from kvstore.store import Store
+from kvstore.template import Renderer
+
+RegimeChoice = Literal["prefix", "isolated", "both"]
+REGIMES: dict[str, tuple[Regime, ...]] = {"prefix": ("prefix",), "isolated": ("isolated",), "both": ("prefix", "isolated")}
+
+
+@dataclass(frozen=True)
+class Task:
+    """A segment to prefill after `chain` and store under `key`."""
+
+    key: str
+    context: Context
+    chain: Chain
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One document: its row for the snapshot, and the tasks that must be done before the row is true."""
+
+    row: Row
+    tasks: tuple[Task, ...]
+    changed: bool
+
+
+@dataclass
+class Rules:
+    """How documents are cut and in which contexts they are compiled."""
+
+    regime: RegimeChoice = "prefix"
+    passage_tokens: int | None = None
+    long: LongRule = "split"
+    context_tokens: int = 4096
+    reserve: int = 512
+
+    def __post_init__(self) -> None:
+        if self.regime not in REGIMES:
+            raise InputError(f"unknown regime {self.regime!r}", remedy=f"choose one of {', '.join(REGIMES)}")
+        if self.passage_tokens is not None and self.passage_tokens < 16:
+            raise InputError(f"passages of {self.passage_tokens} tokens are too short", remedy="give --passage-tokens 16 or more")
+
+    @property
+    def recipe(self) -> str:
+        """Enters the row, so that another way of cutting is noticed."""
+        return f"passages={self.passage_tokens or 0} long={self.long} room={self.context_tokens - self.reserve}"
+
+
+@dataclass
+class Planner:
+    """Plans one document after another for one model, template and encoding."""
+
+    store: Store
+    model: Model
+    layout: Layout
+    encoding: Encoding
+    renderer: Renderer
+    rules: Rules
+    skipped: list[Skipped] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.prior: dict[RowId, Row] = {r.id: r for r in self.store.rows()}
+        self.taken: set[str] = set()
+        head, anchor = tuple(self.renderer.head_ids), tuple(self.renderer.anchor_ids)
+        self.head_task = self._task(Context.root(), (), head)
+        same = head == anchor
+        self.contexts: dict[Regime, tuple[Context, Chain]] = {
+            "prefix": (Context.anchor(anchor) if same else Context.parent(self.head_task.key, len(head)), (head,)),
+            "isolated": (Context.anchor(anchor), (anchor,)),
+        }
+
+    def plan(self, documents: Iterable[Document | Skipped]) -> Iterator[Planned]:
+        """In order. What cannot be compiled goes to `skipped`."""
+        for document in documents:
+            if isinstance(document, Skipped):
+                self.skipped.append(document)
+            elif (planned := self._document(document)) is not None:
+                yield planned
+
+    def _document(self, document: Document) -> Planned | None:
+        text = text_digest(document.text)
+        prior = self.prior.get((document.source, self.model.key, self.renderer.record.id, self.encoding.id))
+        if prior is not None and self._still_true(prior, text):
+            passages, tasks = prior.passages, ()
+        else:
+            texts = plan_document(document, self.renderer, passage_tokens=self.rules.passage_tokens, context=self.rules.context_tokens,
+                                  reserve=self.rules.reserve, long=self.rules.long)  # fmt: skip
+            if isinstance(texts, Skipped):
+                self.skipped.append(texts)
+                return None
+            keep = set(REGIMES[self.rules.regime]) | self._regimes_of(prior, text)
+            done = [self._passage(tuple(self.renderer.document(t)), keep) for t in texts]
+            passages, tasks = tuple(p for p, _ in done), (self.head_task, *(t for _, ts in done for t in ts))
+        row = Row(document.source, self.model.key, self.renderer.record.id, self.encoding.id, text, self.rules.recipe, self.head_task.key,
+                  passages, document.root, dict(document.metadata))  # fmt: skip
+        return Planned(row, self._missing(tasks), row != prior)
+
+    def _still_true(self, prior: Row, text: str) -> bool:
+        """The same text, cut the same way, in every context asked for, and all of it stored."""
+        asked = all(getattr(p, regime) is not None for p in prior.passages for regime in REGIMES[self.rules.regime])
+        same = prior.text == text and prior.recipe == self.rules.recipe and prior.head == self.head_task.key
+        return same and asked and all(self.store.index.has(k, self.encoding.id) for k in prior.keys())
+
+    def _regimes_of(self, prior: Row | None, text: str) -> set[Regime]:
+        """Contexts that the unchanged text is stored in already: a narrower build does not forget them."""
+        if prior is None or prior.text != text:
+            return set()
+        return {r for r in REGIMES["both"] if all(getattr(p, r) is not None for p in prior.passages)}
+
+    def _passage(self, ids: tuple[int, ...], regimes: set[Regime]) -> tuple[Passage, list[Task]]:
+        tasks = {r: self._task(*self.contexts[r], ids) for r in REGIMES["both"] if r in regimes}
+        if tasks.keys() == {"prefix"} and self.contexts["prefix"] == self.contexts["isolated"]:
+            tasks["isolated"] = tasks["prefix"]  # nothing but the anchor before it: it is both
+        keys = {r: t.key for r, t in tasks.items()}
+        return Passage(len(ids), keys.get("prefix"), keys.get("isolated")), list(tasks.values())
+
+    def _task(self, context: Context, chain: Chain, ids: tuple[int, ...]) -> Task:
+        return Task(segment_key(self.model, self.layout, context, ids), context, chain, ids)
+
+    def _missing(self, tasks: Iterable[Task]) -> tuple[Task, ...]:
+        """Tasks whose artifact is neither stored nor planned by an earlier document."""
+        fresh = {t.key: t for t in tasks if t.key not in self.taken and not self.store.index.has(t.key, self.encoding.id)}
+        self.taken |= fresh.keys()
+        return tuple(fresh.values())
+
+
+def gone(store: Store, planned_for: tuple[str, str, str], roots: set[str], seen: set[str]) -> tuple[RowId, ...]:
+    """Rows of the synced roots whose source is no longer there, in the model, template and encoding of this build."""
+    return tuple(r.id for r in store.rows() if r.root in roots and r.source not in seen and (r.model, r.template, r.encoding) == planned_for)

@@ -1,0 +1,78 @@
+"""Which tier to load: by name, by quality, by size, or by time; the finest stored where nothing is asked."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvstore.codecs import get_codec
+from kvstore.errors import IncompatibleError, InputError, ResourceError
+from kvstore.manifest import Encoding, Tier
+from kvstore.store import Stored, tier_chain
+
+
+@dataclass(frozen=True)
+class Quality:
+    """At most one wish: a tier's name, KL in nats a token, bytes read in all, or seconds until the cache is ready."""
+
+    tier: str | None = None
+    max_kl: float | None = None
+    max_bytes: int | None = None
+    deadline: float | None = None
+
+    def __post_init__(self) -> None:
+        given = [n for n in ("tier", "max_kl", "max_bytes", "deadline") if getattr(self, n) is not None]
+        if len(given) > 1:
+            raise InputError(f"{' and '.join(given)} exclude each other", remedy="give one of them")
+
+    def choose(self, stored: Sequence[Stored]) -> dict[str, str]:
+        """Encoding id -> tier for all artifacts of one load. Raises NotFoundError, IncompatibleError or ResourceError if nothing satisfies the wish."""
+        encodings = {s.pack.manifest.encoding_id: s.encoding for s in stored}
+        return {id: self._in(encoding, [s for s in stored if s.pack.manifest.encoding_id == id]) for id, encoding in encodings.items()}
+
+    def _in(self, encoding: Encoding, stored: Sequence[Stored]) -> str:
+        if self.tier is not None:
+            return tier_chain(encoding, self.tier)[-1].name
+        if self.max_kl is not None:
+            return self._by_kl(encoding)
+        if self.max_bytes is not None:
+            limit = self.max_bytes
+            return self._finest(encoding, lambda t: sum(s.nbytes(t.name) for s in stored) <= limit, f"{limit:,} bytes")
+        if self.deadline is not None:
+            seconds = self.deadline
+            return self._finest(encoding, lambda t: estimate(stored, t) <= seconds, f"{seconds:g} s")
+        return encoding.tiers[-1].name
+
+    def _by_kl(self, encoding: Encoding) -> str:
+        """The cheapest tier known to be good enough: so far only exact ones have a known KL, which is 0."""
+        exact = [t.name for t in encoding.tiers if t.exact]
+        if not exact:
+            raise IncompatibleError(f"no tier of this artifact has a measured KL, so max_kl={self.max_kl:g} cannot be promised",
+                                    remedy="choose a tier by name, or build with --lossless", code="unmeasured")  # fmt: skip
+        return exact[0]
+
+    def _finest(self, encoding: Encoding, fits: Callable[[Tier], bool], limit: str) -> str:
+        for tier in reversed(encoding.tiers):
+            if fits(tier):
+                return tier.name
+        raise ResourceError(f"no stored tier fits {limit}", remedy=f"the smallest is {encoding.tiers[0].name!r}: ask for it by name")
+
+
+def estimate(stored: Sequence[Stored], tier: Tier) -> float:
+    """Seconds that one core needs to decode `stored` at `tier`, from the time that one of its units takes now."""
+    sample = max(stored, key=lambda s: s.segment.tokens)
+    pack, tiers = sample.pack, tier_chain(sample.encoding, tier.name)
+    spec = sample.encoding.codec(tier.codec)
+    codec = get_codec(spec.name, spec.version, spec.params)
+    records = [pack.units(sample.segment, t.array)[0][0] for t in tiers]
+    tokens = codec.peek_tokens(records[0])
+    dtype = np.float32 if not tier.exact else (np.uint32 if pack.layout.dtype == "float32" else np.uint16)
+    out = np.empty((len(pack.group_layers(0)), 2, tokens, pack.layout.channels), dtype)
+    codec.decode(records, out)  # the first call may compile
+    started = time.perf_counter()
+    codec.decode(records, out)
+    per_token = (time.perf_counter() - started) / tokens
+    return per_token * pack.groups * sum(s.segment.tokens for s in stored)

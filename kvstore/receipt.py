@@ -1,0 +1,53 @@
+"""What a load or a prompt did, and why: kept apart are where tokens came from (context) and how exactly (fidelity)."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+
+class DocumentReceipt(msgspec.Struct, frozen=True):
+    """One piece of a prompt.
+
+    `action`: reused (stored after these very tokens), moved (stored alone, rotated to its place), prefilled (computed now or by the first forward
+    pass). `context`: same prefix, or approximate where the piece did not see what stands before it. `fidelity`: lossless, a tier's name, or live.
+    `kl` is nats a token where known, 0 for lossless.
+    """
+
+    source: str
+    tokens: int
+    action: Literal["reused", "moved", "prefilled"]
+    why: str
+    context: Literal["same prefix", "approximate"]
+    fidelity: str
+    kl: float | None
+    nbytes: int
+
+
+class Receipt(msgspec.Struct, frozen=True):
+    """The whole prompt: what it was put together from and what that cost."""
+
+    snapshot: int
+    model: str
+    template: str
+    encoding: str
+    reuse: str
+    documents: tuple[DocumentReceipt, ...]
+    prompt_tokens: int
+    cached_tokens: int
+    nbytes: int
+    milliseconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return msgspec.to_builtins(self)
+
+    @property
+    def exact(self) -> bool:
+        """Whether every cached token is bit for bit what a live prefix would have been."""
+        return all(d.context == "same prefix" and d.fidelity in ("lossless", "live") for d in self.documents)
+
+    def __str__(self) -> str:
+        lines = [f"{d.source}: {d.tokens} tokens {d.action} ({d.why}); {d.context}, {d.fidelity}" for d in self.documents]
+        total = f"{self.cached_tokens} of {self.prompt_tokens} tokens from the store, {self.nbytes:,} bytes, {self.milliseconds:.1f} ms"
+        return "\n".join([*lines, total])

@@ -1,0 +1,334 @@
+"""The door to a store: documents, artifacts, models, templates, snapshots. Torch-free; safe to open on a read-only mount."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from kvstore.arrays import array_metadata
+from kvstore.digest import sha256
+from kvstore.errors import FormatError, InputError, IntegrityError, NotFoundError, StorageError
+from kvstore.identity import artifact_id
+from kvstore.index import Index
+from kvstore.manifest import (
+    FORMAT,
+    Encoding,
+    Layout,
+    Model,
+    ModelRecord,
+    Passage,
+    Row,
+    StoreRecord,
+    TemplateRecord,
+    Tier,
+    parse,
+    parse_group,
+    zarr_group,
+)
+from kvstore.pack import PACKS, Pack, Segment
+from kvstore.snapshot import Change, SnapshotLog
+from kvstore.storage.local import LocalStorage, make_folder, sync_folder, translated, write_synced
+
+MODELS = "models"
+CALIBRATIONS = "calibrations"
+TEMPLATES = ".kvstore/templates"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One stored artifact: a segment in one encoding, ready to be planned."""
+
+    pack: Pack
+    segment: Segment
+
+    @property
+    def encoding(self) -> Encoding:
+        return self.pack.encoding
+
+    @property
+    def id(self) -> str:
+        return artifact_id(self.segment.key, self.pack.manifest.encoding_id)
+
+    @property
+    def ids(self) -> npt.NDArray[np.uint32]:
+        """uint32 [tokens]."""
+        return self.pack.ids(self.segment)
+
+    def nbytes(self, tier: str | None = None) -> int:
+        """Stored bytes that a load at `tier` reads; of all tiers together by default."""
+        tiers = self.encoding.tiers if tier is None else tier_chain(self.encoding, tier)
+        return self.segment.nbytes([t.array for t in tiers])
+
+
+def tier_chain(encoding: Encoding, name: str) -> tuple[Tier, ...]:
+    """The tiers that a load at `name` reads, base first. Raises NotFoundError listing what there is."""
+    tier = encoding.tier(name)
+    if tier is None:
+        there = ", ".join(t.name for t in encoding.tiers)
+        raise NotFoundError(f"no tier {name!r}; stored are {there}", remedy="choose one of them, or build another encoding")
+    wanted = {*tier.requires, tier.name}
+    return tuple(t for t in encoding.tiers if t.name in wanted)
+
+
+class Store:
+    """A store, opened for reading. `refresh` sees what others committed meanwhile.
+
+    Raises NotFoundError where there is no store, FormatError where there is something else.
+    """
+
+    def __init__(self, path: str | Path, *, cache: Path | None = None):
+        self.path = Path(path)
+        self.storage = LocalStorage(self.path)
+        self._require_store()
+        self.record = parse_group(self.storage.read("zarr.json"), StoreRecord, str(self.path / "zarr.json"))
+        self._cache = cache
+        self.snapshots = SnapshotLog(self.storage)
+        self.index.refresh()
+
+    def _require_store(self) -> None:
+        if not self.path.exists():
+            raise NotFoundError(f"there is no store at {self.path}", remedy="`kvstore build PATH` makes one; --store names another place")
+        if not self.storage.exists("zarr.json"):
+            raise FormatError(f"{self.path} is not a kvstore store", remedy="name another folder with --store")
+
+    @cached_property
+    def index(self) -> Index:
+        return Index(self.storage, self.record.id, self._cache)
+
+    def refresh(self) -> None:
+        self.index.refresh()
+
+    @property
+    def id(self) -> str:
+        return self.record.id
+
+    @property
+    def number(self) -> int:
+        """The newest snapshot's number."""
+        return self.index.number()
+
+    def commit(self, change: Change, note: str) -> int:
+        """A new snapshot, if `change` changes anything: its number. Every segment its rows name must be stored by now.
+
+        Raises StorageError where one is not: it was thought to be stored, and was collected meanwhile.
+        """
+        return self.snapshots.commit(change, note, guard=lambda _: self._require_stored(change.rows))
+
+    def _require_stored(self, rows: Sequence[Row]) -> None:
+        self.index.refresh_packs()
+        lacking = [r.source for r in rows if not all(self.index.has(k, r.encoding) for k in r.keys())]
+        if lacking:
+            raise StorageError(f"{len(lacking)} documents (first: {lacking[0]}) need segments that are not stored, or no longer",
+                               remedy="run the same command again: it does only what is missing", code="collected")  # fmt: skip
+
+    # documents
+
+    def rows(self, source: str | None = None, *, model: str | None = None, template: str | None = None, encoding: str | None = None) -> list[Row]:
+        """Rows of the newest snapshot; `model`, `template` and `encoding` are keys or their beginnings."""
+        wanted = {"model": model, "template": template, "encoding": encoding}
+        return [r for r in self.index.rows(source) if all(v is None or getattr(r, k).startswith(v) for k, v in wanted.items())]
+
+    def row(self, source: str, **filters: str | None) -> Row:
+        """The one row of a document. Raises NotFoundError, and InputError where several models, templates or encodings have it."""
+        found = self.rows(source, **filters)
+        if not found:
+            raise NotFoundError(f"{source!r} is not in {self.path}", remedy="`kvstore ls` lists what is; `kvstore build` adds")
+        if len(found) > 1:
+            raise InputError(f"{source!r} is stored {len(found)} times: {'; '.join(describe(r) for r in found)}",
+                             remedy="say which with --model, --template or --encoding", code="ambiguous")  # fmt: skip
+        return found[0]
+
+    def sources(self) -> list[str]:
+        return sorted({r.source for r in self.index.rows()})
+
+    def __len__(self) -> int:
+        return len(self.sources())
+
+    def __contains__(self, source: object) -> bool:
+        return isinstance(source, str) and bool(self.index.rows(split_source(source)[0]))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.sources())
+
+    def __getitem__(self, source: str) -> Artifact:
+        return self.artifact(source)
+
+    def artifact(self, source: str, **filters: str | None) -> Artifact:
+        """A document (`a.md`) or one passage of it (`a.md#3`) as stored."""
+        name, passage = self.resolve(source)
+        row = self.row(name, **filters)
+        if passage is not None and passage >= len(row.passages):
+            raise NotFoundError(f"{name!r} has {len(row.passages)} passages, there is no #{passage}", remedy="they count from 0")
+        return Artifact(self, row, row.passages if passage is None else row.passages[passage : passage + 1])
+
+    def resolve(self, source: str) -> tuple[str, int | None]:
+        """`a.md#3` is passage 3 of a.md, unless a document has that very name."""
+        if self.index.rows(source):
+            return source, None
+        return split_source(source)
+
+    def stored(self, key: str, encoding: str) -> Stored:
+        """Raises NotFoundError."""
+        pack, row = self.index.find(key, encoding)
+        return Stored(pack, pack.segment(row))
+
+    # records
+
+    def models(self) -> list[ModelRecord]:
+        return [self.model_record(name) for name in self.storage.names(MODELS)]
+
+    def model_record(self, key: str) -> ModelRecord:
+        """Raises NotFoundError, IntegrityError."""
+        return read_model(self.storage, key)
+
+    def has_model(self, key: str) -> bool:
+        return self.storage.exists(f"{MODELS}/{key}/zarr.json")
+
+    def probe(self, key: str) -> npt.NDArray[np.float32]:
+        """float32 [layers, 2, tokens, projections]: what the probe's K and V were when the model was first seen."""
+        record = self.model_record(key)
+        data = read_probe(self.storage, record)
+        return np.frombuffer(data, "<f4").reshape(record.layout.layers, 2, len(record.probe_ids), -1)
+
+    def template(self, id: str) -> TemplateRecord:
+        """Raises NotFoundError, IntegrityError."""
+        return read_template(self.storage, id)
+
+    def templates(self) -> list[TemplateRecord]:
+        return [self.template(name[:-5]) for name in self.storage.names(TEMPLATES)]
+
+    def encodings(self) -> dict[str, Encoding]:
+        """Every encoding that some pack holds, by id."""
+        return {p.manifest.encoding_id: p.encoding for p in map(self.index.pack, self.index.packs())}
+
+
+def split_source(source: str) -> tuple[str, int | None]:
+    """`a.md#3` -> (`a.md`, 3); other names stay whole."""
+    name, mark, number = source.rpartition("#")
+    return (name, int(number)) if mark and number.isdigit() else (source, None)
+
+
+def describe(row: Row) -> str:
+    return f"model {row.model[:12]} template {row.template[:12]} encoding {row.encoding[:12]}"
+
+
+class Artifact:
+    """A stored document, or some passages of it, in one model, template and encoding."""
+
+    def __init__(self, store: Store, row: Row, passages: Sequence[Passage]):
+        self.store, self.row, self.passages = store, row, tuple(passages)
+
+    @property
+    def source(self) -> str:
+        return self.row.source
+
+    @property
+    def tokens(self) -> int:
+        return sum(p.tokens for p in self.passages)
+
+    @cached_property
+    def stored(self) -> list[Stored]:
+        """One a passage, in the regime that is exact in its place where there is one."""
+        return [self.store.stored(p.prefix or p.isolated or "", self.row.encoding) for p in self.passages]
+
+    @property
+    def encoding(self) -> Encoding:
+        return self.stored[0].encoding
+
+    @property
+    def layout(self) -> Layout:
+        return self.stored[0].pack.layout
+
+    @property
+    def model(self) -> Model:
+        return self.store.model_record(self.row.model).model
+
+    @property
+    def tiers(self) -> list[str]:
+        return [t.name for t in self.encoding.tiers]
+
+    @property
+    def quality(self) -> dict[str, float | None]:
+        """KL divergence per tier, nats a token: 0 where the tier restores every bit, None where it was not measured."""
+        return {t.name: 0.0 if t.exact else None for t in self.encoding.tiers}
+
+    def nbytes(self, tier: str | None = None) -> int:
+        return sum(s.nbytes(tier) for s in self.stored)
+
+    @property
+    def token_ids(self) -> list[int]:
+        return [int(i) for s in self.stored for i in s.ids]
+
+
+def create(path: str | Path) -> None:
+    """Make an empty store, unless there is one. Of two makers at once, one wins and both succeed."""
+    root = Path(path)
+    storage = LocalStorage(root)
+    if storage.exists("zarr.json"):
+        return
+    with translated(str(root)):
+        make_folder(root)
+        foreign = [p.name for p in root.iterdir() if p.name not in (PACKS, CALIBRATIONS, MODELS, ".kvstore", "zarr.json")]
+        if foreign:
+            raise InputError(f"{root} is not empty and not a store (found {foreign[0]})", remedy="name a new folder with --store")
+    for folder in (PACKS, CALIBRATIONS, MODELS):
+        storage.create(f"{folder}/zarr.json", zarr_group())
+    storage.create("zarr.json", zarr_group(StoreRecord(FORMAT, "store", uuid.uuid4().hex)))
+
+
+def add_model(storage: LocalStorage, record: ModelRecord, probe: npt.NDArray[np.float32]) -> None:
+    """Keep what a model is and what its probe was; the first writer wins."""
+    if storage.exists(f"{MODELS}/{record.model.key}/zarr.json"):
+        return
+    data = probe.astype("<f4").tobytes()
+    record = msgspec.structs.replace(record, probe_sha256=sha256(data))
+    record = msgspec.structs.replace(record, digest=record.own_digest())
+    with translated(f"{MODELS}/{record.model.key}"):
+        staged = storage.stage()
+        (staged / "probe").mkdir()
+        codecs = [{"name": "bytes", "configuration": {"endian": "little"}}]
+        names = ["layer", "kv", "token", "projection"]
+        write_synced(staged / "probe" / "zarr.json", array_metadata("float32", list(probe.shape), list(probe.shape), "NaN", names, codecs))
+        write_synced(staged / "probe" / "c.0.0.0.0", data)
+        sync_folder(staged / "probe")
+        write_synced(staged / "zarr.json", zarr_group(record))
+        sync_folder(staged)
+        storage.publish(staged, f"{MODELS}/{record.model.key}")
+
+
+def read_model(storage: LocalStorage, key: str) -> ModelRecord:
+    """One model record, compared with its digest and its name. Raises NotFoundError, IntegrityError."""
+    name = f"{MODELS}/{key}/zarr.json"
+    record = parse_group(storage.read(name), ModelRecord, name)
+    if record.digest != record.own_digest() or record.model.key != key:
+        raise IntegrityError(f"{name} does not match its digest", remedy=f"remove {MODELS}/{key}: the next build writes it again")
+    return record
+
+
+def read_probe(storage: LocalStorage, record: ModelRecord) -> bytes:
+    """The probe's sketch, float32 little-endian, compared with its digest. Raises NotFoundError, IntegrityError."""
+    folder = f"{MODELS}/{record.model.key}"
+    data = storage.read(f"{folder}/probe/c.0.0.0.0")
+    if sha256(data) != record.probe_sha256:
+        raise IntegrityError(f"{folder}/probe does not match its digest", remedy=f"remove {folder}: the next build writes it again")
+    return data
+
+
+def read_template(storage: LocalStorage, id: str) -> TemplateRecord:
+    """One template, compared with its name. Raises NotFoundError, IntegrityError."""
+    name = f"{TEMPLATES}/{id}.json"
+    record = parse(storage.read(name), TemplateRecord, name)
+    if record.id != id:
+        raise IntegrityError(f"{name} does not match its name", remedy="remove it: the next build writes it again")
+    return record
+
+
+def add_template(storage: LocalStorage, record: TemplateRecord) -> None:
+    storage.create(f"{TEMPLATES}/{record.id}.json", msgspec.json.encode(record, order="deterministic"))

@@ -1,0 +1,1 @@
+"""The normative format text, JSON Schemas and their examples."""
