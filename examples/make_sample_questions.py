@@ -1,10 +1,11 @@
-"""Find the facts in a corpus, ask the bundled model about each of them, and write the questions it answers with confidence.
+"""Ask the bundled model about every fact in a corpus and write the questions that it answers with confidence.
 
     python examples/make_sample_questions.py CORPUS_DIR OUT.jsonl [--model MODEL_DIR] [--floor 0.5]
 
-A fact is a sentence such as `The access code of the silver tower is 4821.`, phrased as in the model's training. The prompt is the whole
-document, prefilled live, then the question; an answer counts when greedy decoding gives exactly the value and a full stop, and every token
-of it has a probability of at least `--floor`, so that other machines and compressed caches still agree.
+A fact is a sentence phrased as in the model's training: `The access code of the silver tower is 4821.` It must not
+begin a paragraph, since in training a space came before it. The prompt is the whole document, prefilled live, then the
+question. An answer counts when greedy decoding gives exactly the value and a full stop, and when each of its tokens
+has a probability of at least `--floor`, so that other machines and compressed caches still agree.
 """
 
 from __future__ import annotations
@@ -49,7 +50,10 @@ def facts_of(root: Path) -> list[tuple[str, str, str]]:
 @torch.inference_mode()
 def ask(model: Any, tokenizer: Any, text: str, question: str, answer: str) -> tuple[str, float]:
     """The greedy answer to `question` after `text`, and the least probability of a token of the right answer."""
-    prompt = [tokenizer.bos_token_id, *tokenizer(f"{text}\nQuestion: {question} Answer:", add_special_tokens=False).input_ids]
+    prompt = [
+        tokenizer.bos_token_id,
+        *tokenizer(f"{text}\nQuestion: {question} Answer:", add_special_tokens=False).input_ids,
+    ]
     wanted = tokenizer(f" {answer}.", add_special_tokens=False).input_ids
     logits = model(torch.tensor([prompt + wanted])).logits[0, len(prompt) - 1 : -1].float()
     best = logits.argmax(-1)
@@ -78,13 +82,17 @@ def main() -> None:
     asked = ask_all(args.corpus, args.model)
     kept = [a for a in asked if a.given == f" {a.answer}." and a.margin >= args.floor]
     for a in sorted(set(asked) - set(kept)):
-        print(f"left out: {a.source}: {a.question} wanted {a.answer!r}, given {a.given!r}, least probability {a.margin:.3f}")
+        print(f"left out: {a.source}: {a.question} wanted {a.answer!r}, given {a.given!r}, {a.margin:.3f}")
     with args.out.open("w", encoding="utf-8", newline="\n") as out:
-        out.writelines(json.dumps({"source": a.source, "question": a.question, "answer": a.answer}) + "\n" for a in kept)
+        out.writelines(
+            json.dumps({"source": a.source, "question": a.question, "answer": a.answer}) + "\n" for a in kept
+        )
     least = min((a.margin for a in kept), default=0.0)
     right = sum(a.given == f" {a.answer}." for a in asked)
-    print(f"{len(asked)} facts, {right} answered right, {len(kept)} kept from {len({a.source for a in kept})} documents; "
-          f"least probability {least:.3f}")
+    print(
+        f"{len(asked)} facts, {right} answered right, {len(kept)} kept from {len({a.source for a in kept})} documents; "
+        f"least probability {least:.3f}"
+    )
 
 
 if __name__ == "__main__":

@@ -26,10 +26,32 @@ if TYPE_CHECKING:
     from kvstore.documents import Document
 
 __version__ = "0.1.0"
-__all__ = ["BuildReport", "Document", "FormatError", "IncompatibleError", "InputError", "IntegrityError", "KvstoreError", "NotFoundError",
-           "OpenStore", "Prompt", "ResourceError", "StorageError", "build", "collate", "open"]  # fmt: skip
-_HOMES = {"open": "api", "OpenStore": "api", "build": "builder", "BuildReport": "builder", "Prompt": "compose", "collate": "compose",
-          "Document": "documents"}  # fmt: skip
+__all__ = [
+    "BuildReport",
+    "Document",
+    "FormatError",
+    "IncompatibleError",
+    "InputError",
+    "IntegrityError",
+    "KvstoreError",
+    "NotFoundError",
+    "OpenStore",
+    "Prompt",
+    "ResourceError",
+    "StorageError",
+    "build",
+    "collate",
+    "open",
+]
+_HOMES = {
+    "open": "api",
+    "OpenStore": "api",
+    "build": "builder",
+    "BuildReport": "builder",
+    "Prompt": "compose",
+    "collate": "compose",
+    "Document": "documents",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -24,8 +24,16 @@ if TYPE_CHECKING:
     from kvstore.verify import VerifyReport
 
 
-def open(path: str | Path = "kv.zarr", model: Any = None, tokenizer: Any = None, *, template: str | None = None, encoding: str | None = None,
-         dtype: str | None = None, device: str | None = None) -> OpenStore:  # fmt: skip
+def open(
+    path: str | Path = "kv.zarr",
+    model: Any = None,
+    tokenizer: Any = None,
+    *,
+    template: str | None = None,
+    encoding: str | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+) -> OpenStore:
     """Open a store. With a `model` (path, hub id, or object with its `tokenizer`) its identity is checked, and its probe for objects.
 
     Without a model the store lists, verifies and compares; the first `load` or `compose` then loads the model that built it.
@@ -37,8 +45,17 @@ def open(path: str | Path = "kv.zarr", model: Any = None, tokenizer: Any = None,
 class OpenStore(Store):
     """A store and, once needed, its model. `template` and `encoding` choose where the store holds several (beginnings of keys will do)."""
 
-    def __init__(self, path: str | Path, model: Any = None, tokenizer: Any = None, *, template: str | None = None, encoding: str | None = None,
-                 dtype: str | None = None, device: str | None = None):  # fmt: skip
+    def __init__(
+        self,
+        path: str | Path,
+        model: Any = None,
+        tokenizer: Any = None,
+        *,
+        template: str | None = None,
+        encoding: str | None = None,
+        dtype: str | None = None,
+        device: str | None = None,
+    ):
         super().__init__(path)
         self._given, self._tokenizer, self._dtype, self._device = model, tokenizer, dtype, device
         self._choice = {"template": template, "encoding": encoding}
@@ -91,8 +108,17 @@ class OpenStore(Store):
         self.source.require_known(self)
         return View(self, self.source.identity, TextEncoder(self.source.tokenizer), **self._choice)
 
-    def compose(self, documents: Sequence[Any] = (), query: str = "", *, reuse: Literal["prefix", "blocks"] = "prefix", tier: str | None = None,
-                max_kl: float | None = None, max_bytes: int | None = None, deadline: float | None = None) -> Prompt:  # fmt: skip
+    def compose(
+        self,
+        documents: Sequence[Any] = (),
+        query: str = "",
+        *,
+        reuse: Literal["prefix", "blocks"] = "prefix",
+        tier: str | None = None,
+        max_kl: float | None = None,
+        max_bytes: int | None = None,
+        deadline: float | None = None,
+    ) -> Prompt:
         """A prompt of head, `documents` and `query`, its beginning from the store. `model.generate(**prompt.inputs)` answers.
 
         `documents`: source names (`a.md`, `a.md#3`), Documents, dicts with text, or retriever objects. `reuse`: `prefix` takes the longest
@@ -106,16 +132,26 @@ class OpenStore(Store):
         given = [documents] if isinstance(documents, str) else list(documents)
         return self._composer.compose(given, query, reuse, Quality(tier, max_kl, max_bytes, deadline))
 
-    def load(self, source: str, *, tier: str | None = None, max_kl: float | None = None, max_bytes: int | None = None,
-             deadline: float | None = None) -> Prefix:  # fmt: skip
+    def load(
+        self, source: str, *, tier: str | None = None, max_kl: float | None = None, max_bytes: int | None = None, deadline: float | None = None
+    ) -> Prefix:
         """The head and one stored document, or passage of it, as a cache to go on from: `.cache .input_ids .receipt .prompt(query)`."""
         from kvstore.loader import load
         from kvstore.quality import Quality
 
         return load(self._composer, source, Quality(tier, max_kl, max_bytes, deadline))
 
-    def read(self, source: str, *, tier: str | None = None, max_kl: float | None = None, max_bytes: int | None = None, deadline: float | None = None,
-             position: int = 0, device: str = "cpu") -> tuple[list[int], list[tuple[torch.Tensor, torch.Tensor]], dict[str, Any]]:  # fmt: skip
+    def read(
+        self,
+        source: str,
+        *,
+        tier: str | None = None,
+        max_kl: float | None = None,
+        max_bytes: int | None = None,
+        deadline: float | None = None,
+        position: int = 0,
+        device: str = "cpu",
+    ) -> tuple[list[int], list[tuple[torch.Tensor, torch.Tensor]], dict[str, Any]]:
         """One document's own KV, decoded at `position`, without a model: token ids, per layer (K, V) [1, heads, tokens, head_dim], receipt."""
         from kvstore.loader import read
         from kvstore.quality import Quality
@@ -144,4 +180,4 @@ class OpenStore(Store):
 
     def artifacts(self, row: Row) -> list[Stored]:
         """Every stored artifact that a row needs."""
-        return [self.stored(key, row.encoding) for key in sorted(row.keys())]
+        return [self.stored(key, row.encoding) for key in sorted(row.segment_keys())]

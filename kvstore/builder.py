@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kvstore import __version__, documents as reading
+from kvstore import __version__
+from kvstore import documents as reading
 from kvstore.documents import Document, Skipped
 from kvstore.encode import Encoder, bits_of, make_encoding
 from kvstore.errors import InputError
@@ -22,7 +23,7 @@ from kvstore.plan import Planned, Planner, RegimeChoice, Rules, Task, gone
 from kvstore.prefill import Prefiller
 from kvstore.snapshot import Change
 from kvstore.store import Store, add_template, create
-from kvstore.template import Renderer, make_template
+from kvstore.template import Renderer, make_template, template_source
 from kvstore.tokens import TextEncoder
 
 
@@ -58,11 +59,28 @@ class BuildReport:
 Progress = Callable[[BuildReport, str], None]
 
 
-def build(documents: Any, store: str | Path = "kv.zarr", model: Any = None, tokenizer: Any = None, *, template: str = "auto",
-          system: str | None = None, regime: RegimeChoice = "prefix", passage_tokens: int | None = None, long: LongRule = "split",
-          codec: str = "scalar", lossless: bool = False, dtype: str | None = None, device: str | None = None, include: Sequence[str] | None = None,
-          strict: bool = False, dry_run: bool = False, reserve: int | None = None, progress: Progress | None = None,
-          limits: Limits = Limits()) -> BuildReport:  # fmt: skip  # noqa: B008  frozen
+def build(
+    documents: Any,
+    store: str | Path = "kv.zarr",
+    model: Any = None,
+    tokenizer: Any = None,
+    *,
+    template: str = "auto",
+    system: str | None = None,
+    regime: RegimeChoice = "prefix",
+    passage_tokens: int | None = None,
+    long: LongRule = "split",
+    codec: str = "scalar",
+    lossless: bool = False,
+    dtype: str | None = None,
+    device: str | None = None,
+    include: Sequence[str] | None = None,
+    strict: bool = False,
+    dry_run: bool = False,
+    reserve: int | None = None,
+    progress: Progress | None = None,
+    limits: Limits = Limits(),
+) -> BuildReport:
     """Compile `documents` into `store` and commit a snapshot; what is stored already is not computed again.
 
     `documents`: paths of folders and files, or any iterable of Document, dict, str or retriever objects. `model`: a path, a hub id or a loaded
@@ -102,7 +120,7 @@ class _Job:
     def prepare(self, template: str, system: str | None, codec: str, lossless: bool, rules: Rules) -> None:
         """Everything that must hold before the first document: template, layout, encoding."""
         encoder = TextEncoder(self.source.tokenizer)
-        record = stored_template(self.store, make_template(template, self.source.tokenizer, system))
+        record = self._template(template, system, encoder)
         layout = self.source.layout_in(self.store)
         self.encoding: Encoding = make_encoding(codec, layout, lossless=lossless)
         self.planner = Planner(self.store, self.source.identity, layout, self.encoding, Renderer(record, encoder), rules)
@@ -110,6 +128,12 @@ class _Job:
         self.writer = self._new_writer()
         if not self.dry_run:
             add_template(self.store.storage, record)
+
+    def _template(self, kind: str, system: str | None, encoder: TextEncoder) -> TemplateRecord:
+        """The record that an earlier build froze from the same template and tokenizer (one that prints the date stays as it was), or a new one."""
+        tokenizer, source = self.source.tokenizer, template_source(kind, self.source.tokenizer, system)
+        frozen = [t for t in self.store.templates() if (t.source, t.tokenizer) == (source, encoder.digest)]
+        return frozen[0] if frozen else make_template(kind, tokenizer, system, encoder=encoder)
 
     def _new_writer(self) -> PackWriter:
         planner = self.planner
@@ -212,11 +236,6 @@ class _Timer:
         self.into[self.part] += time.perf_counter() - self.started
 
 
-def stored_template(store: Store, made: TemplateRecord) -> TemplateRecord:
-    """The record that an earlier build cut from the same template and tokenizer, so that one that prints the date stays as it was."""
-    return next((t for t in store.templates() if (t.source, t.tokenizer) == (made.source, made.tokenizer)), made)
-
-
 def serves(planner: Planner) -> str:
     """One line: what can be answered from what was built."""
     both = planner.contexts["prefix"] == planner.contexts["isolated"]
@@ -232,5 +251,10 @@ def provenance() -> dict[str, str]:
     import torch
     import transformers
 
-    return {"kvstore": __version__, "torch": str(torch.__version__), "transformers": transformers.__version__, "python": platform.python_version(),
-            "machine": f"{platform.system()} {platform.machine()}"}  # fmt: skip
+    return {
+        "kvstore": __version__,
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+    }

@@ -38,8 +38,9 @@ def safetensors_files(folder: Path) -> list[Path]:
         named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         files = [p for p in files if p.name in named]
     if not files:
-        raise InputError(f"{folder} has no *.safetensors weights",
-                         remedy="save the model with save_pretrained (safetensors); kvstore never unpickles weights")  # fmt: skip
+        raise InputError(
+            f"{folder} has no *.safetensors weights", remedy="save the model with save_pretrained (safetensors); kvstore never unpickles weights"
+        )
     return files
 
 
@@ -52,8 +53,11 @@ def tensors_in(file: Path) -> dict[str, TensorSlot]:
         raise IntegrityError(f"{file} is not a safetensors file", remedy="fetch or save the checkpoint again")
     header: dict[str, Any] = json.loads(bytes(whole[8 : 8 + size]))
     body = whole[8 + size :]
-    return {name: TensorSlot(file, h["dtype"], tuple(h["shape"]), body[h["data_offsets"][0] : h["data_offsets"][1]])
-            for name, h in header.items() if name != "__metadata__"}  # fmt: skip
+    return {
+        name: TensorSlot(file, h["dtype"], tuple(h["shape"]), body[h["data_offsets"][0] : h["data_offsets"][1]])
+        for name, h in header.items()
+        if name != "__metadata__"
+    }
 
 
 def checkpoint_tensors(folder: Path) -> Tensors:

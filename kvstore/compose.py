@@ -88,8 +88,10 @@ class Composer:
 
     def _require_room(self, tokens: int) -> None:
         if tokens >= self.source.context_tokens:
-            raise InputError(f"the prompt takes {tokens} tokens, the model was made for {self.source.context_tokens}",
-                             remedy="give fewer documents, or passages of them")  # fmt: skip
+            raise InputError(
+                f"the prompt takes {tokens} tokens, the model was made for {self.source.context_tokens}",
+                remedy="give fewer documents, or passages of them",
+            )
 
     def _chain(self, blocks: Sequence[Block]) -> list[Placed]:
         """Longest stored chain from the start; what follows it is left to the first forward pass."""
@@ -125,8 +127,9 @@ class Composer:
             self._prefiller = Prefiller(self.source.model, self.view.layout)
         return self._prefiller
 
-    def _receipt(self, block: Block, action: Literal["reused", "moved", "prefilled"], why: str, stored: Stored | None,
-                 approximate: bool = False) -> DocumentReceipt:  # fmt: skip
+    def _receipt(
+        self, block: Block, action: Literal["reused", "moved", "prefilled"], why: str, stored: Stored | None, approximate: bool = False
+    ) -> DocumentReceipt:
         context: Literal["same prefix", "approximate"] = "approximate" if action == "moved" or approximate else "same prefix"
         fidelity = "live" if stored is None else "stored"
         return DocumentReceipt(block.label, len(block.ids), action, why, context, fidelity, None, 0)
@@ -142,8 +145,17 @@ class Composer:
             self._fill(p, tiers, layers)
         receipts = tuple(_priced(p, tiers) for p in placed)
         receipt = Receipt(
-            self.view.snapshot, self.view.model.key, self.view.renderer.record.id, self.view.encoding_id, reuse, receipts, len(ids),
-            sum(len(p.block.ids) for p in cached), sum(r.nbytes for r in receipts), (time.perf_counter() - started) * 1e3)  # fmt: skip
+            self.view.snapshot,
+            self.view.model.key,
+            self.view.renderer.record.id,
+            self.view.encoding_id,
+            reuse,
+            receipts,
+            len(ids),
+            sum(len(p.block.ids) for p in cached),
+            sum(r.nbytes for r in receipts),
+            (time.perf_counter() - started) * 1e3,
+        )
         return Prompt(torch.tensor([ids], device=device), receipt, tuple(layers), self.source.model.config)
 
     def _fill(self, p: Placed, tiers: dict[str, str], layers: Sequence[KV]) -> None:
@@ -166,8 +178,9 @@ def _priced(p: Placed, tiers: dict[str, str]) -> DocumentReceipt:
     tier = p.stored.encoding.tier(name)
     exact = tier is not None and tier.exact
     r = p.receipt
-    return DocumentReceipt(r.source, r.tokens, r.action, r.why, r.context, "lossless" if exact else name, 0.0 if exact else None,
-                           p.stored.nbytes(name))  # fmt: skip
+    return DocumentReceipt(
+        r.source, r.tokens, r.action, r.why, r.context, "lossless" if exact else name, 0.0 if exact else None, p.stored.nbytes(name)
+    )
 
 
 def collate(prompts: Sequence[Prompt], pad_token_id: int = 0) -> dict[str, Any]:
@@ -184,8 +197,11 @@ def collate(prompts: Sequence[Prompt], pad_token_id: int = 0) -> dict[str, Any]:
     rest = max(p.input_ids.shape[1] - p.receipt.cached_tokens for p in prompts)
     rows = [_padded_row(p, cached, rest, pad_token_id) for p in prompts]
     layers = [tuple(torch.cat([_left(p.layers[i][j], cached) for p in prompts]) for j in (0, 1)) for i in range(len(prompts[0].layers))]
-    return {"input_ids": torch.stack([ids for ids, _ in rows]), "attention_mask": torch.stack([mask for _, mask in rows]),
-            "past_key_values": dynamic_cache(prompts[0].config, [(k, v) for k, v in layers])}  # fmt: skip
+    return {
+        "input_ids": torch.stack([ids for ids, _ in rows]),
+        "attention_mask": torch.stack([mask for _, mask in rows]),
+        "past_key_values": dynamic_cache(prompts[0].config, [(k, v) for k, v in layers]),
+    }
 
 
 def _padded_row(prompt: Prompt, cached: int, rest: int, pad: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,6 +1,7 @@
-"""Cutting a prompt into head, document wrapper and query wrapper, at places where token ids on one side do not depend on the other.
+"""Cutting a prompt into head, document wrapper and query wrapper where ids on one side do not depend on the other.
 
-Such a seam is the end of a special token, or of a run of newlines: never inside the run, since vocabularies hold merged ones.
+Such a seam is the end of a special token, or of a run of newlines: never inside the run, since vocabularies hold merged
+ones.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _NEWLINES = re.compile(r"\n(?:[ \t]*\n)*")
 
 @dataclass(frozen=True)
 class Parts:
-    """A prompt's fixed text. `head` goes before all documents, `document_*` around each, `query_*` around the question."""
+    """A prompt's fixed text: `head` before all documents, `document_*` around each, `query_*` around the question."""
 
     head: tuple[Piece, ...]
     document_start: str
@@ -40,14 +41,17 @@ def plain(encoder: TextEncoder, system: str | None) -> Parts:
 def file(text: str, encoder: TextEncoder, system: str | None) -> Parts:
     """A prompt with markers in place of its contents. Each document repeats the line that {document} stands on.
 
-    A BOS is put before it where there is none. Raises InputError for markers that are missing, repeated or out of order, and for lines of
-    the document that do not begin and end at a seam.
+    A BOS is put before it where there is none. Raises InputError for markers that are missing, repeated or out of
+    order, and for lines of the document that do not begin and end at a seam.
     """
     system_at, document_at, query_at = (_only(text, marker) for marker in MARKERS)
     if document_at is None or query_at is None:
         raise InputError(f"the template has no {MARKERS[1] if document_at is None else MARKERS[2]}", remedy=FILE_REMEDY)
     if system is not None and system_at is None:
-        raise InputError("there is a system prompt, but the template has no {system}", remedy="add the marker, or leave the prompt out")
+        raise InputError(
+            "there is a system prompt, but the template has no {system}",
+            remedy="add the marker, or leave the prompt out",
+        )
     parts = cut(text, MARKERS if system_at is not None else (None, *MARKERS[1:]), encoder, system or "")
     if encoder.bos is not None and encoder.bos != encoder.eos:
         inside = encoder.markup(parts.document_start) + encoder.markup(parts.document_end)
@@ -57,9 +61,10 @@ def file(text: str, encoder: TextEncoder, system: str | None) -> Parts:
 
 
 def chat(tokenizer: Any, encoder: TextEncoder, system: str | None, jinja: str) -> tuple[Parts, Parts | None]:
-    """The tokenizer's chat template with documents and question in one user message, and the same without the system prompt.
+    """The tokenizer's chat template, documents and question in one user message; and the same without a system prompt.
 
-    Where the template refuses or drops system messages, the prompt goes first in the user's. Raises InputError where it cannot be cut.
+    Where the template refuses or drops system messages, the prompt goes first in the user's. Raises InputError where it
+    cannot be cut.
     """
     marks = tuple(f"kvstore{name}{sha256((jinja + (system or '')).encode())[:16]}" for name in ("system", "document", "query"))
     reasons: list[str] = []
@@ -101,7 +106,7 @@ def _rendered(tokenizer: Any, encoder: TextEncoder, system: str | None, marks: S
 
 
 def cut(text: str, marks: Sequence[str | None], encoder: TextEncoder, system: str) -> Parts:
-    """Cut `text` at the marks of system prompt (None: there is none), document and query. Raises InputError where a mark or a seam is missing."""
+    """Cut `text` at the marks of system prompt (or None), document, query. Raises InputError without a mark or seam."""
     places = [_required(text, mark) for mark in marks if mark is not None]
     if places != sorted(places):
         raise InputError(f"its parts are not in the order {', '.join(MARKERS)}")
@@ -109,7 +114,7 @@ def cut(text: str, marks: Sequence[str | None], encoder: TextEncoder, system: st
     head, document_start = _split_head(before, marks[0], encoder, system)
     end = next(_seams(between, encoder), None)
     if end is None:
-        raise InputError(f"between document and query stands {between!r}, which holds neither a newline nor a special token that separates")
+        raise InputError(f"between document and query stands {between!r}, with neither a newline nor a special token that separates")
     return Parts(head, document_start, between[:end], between[end:], after)
 
 
@@ -148,15 +153,14 @@ def _required(text: str, mark: str) -> int:
 
 
 def _with_bos(parts: Parts, encoder: TextEncoder) -> Parts:
-    """One BOS at the start; a newline where an empty head would leave nothing, or no seam, before the first document."""
-    first = parts.head[0] if parts.head else None
-    starts = first is not None and first.trusted and next(encoder.spans(first.text), ("", None))[1] == encoder.bos
-    lead = () if encoder.bos is None or starts else (Piece(encoder.bos_text, True),)
+    """A BOS where the head has none, and `fallback` for an empty head."""
+    written = {control for piece in parts.head if piece.trusted for _, control in encoder.spans(piece.text)}
+    lead = () if encoder.bos is None or encoder.bos in written else (Piece(encoder.bos_text, True),)
     if not parts.head:
         lead = (Piece(fallback(encoder), True),)
     return replace(parts, head=lead + parts.head)
 
 
 def fallback(encoder: TextEncoder) -> str:
-    """The shortest text that documents may follow: BOS, a newline where there is none, both where a special token is no seam."""
+    """The shortest text that documents may follow: BOS, else a newline; both where a special token is no seam."""
     return (encoder.bos_text if encoder.bos is not None else "") + ("" if encoder.bos is not None and encoder.separates else "\n")

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from kvstore.store import Stored, tier_chain
 
 TORCH = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 KV = tuple[torch.Tensor, torch.Tensor]
+_ALONE = 32  # tokens up to which one thread decodes
 
 
 def allocate(layout: Layout, tokens: int, device: torch.device | str = "cpu") -> list[KV]:
@@ -28,8 +30,10 @@ def allocate(layout: Layout, tokens: int, device: torch.device | str = "cpu") ->
     dtype = TORCH[layout.dtype]
     need = layout.values_per_token * tokens * dtype.itemsize
     if (free := free_memory(torch.device(device))) is not None and need > free:
-        raise ResourceError(f"the cache of {tokens:,} tokens takes {need / 2**20:,.0f} MiB, {free / 2**20:,.0f} MiB are free on {device}",
-                            remedy="load fewer documents or passages")  # fmt: skip
+        raise ResourceError(
+            f"the cache of {tokens:,} tokens takes {need / 2**20:,.0f} MiB, {free / 2**20:,.0f} MiB are free on {device}",
+            remedy="load fewer documents or passages",
+        )
     shape = (1, layout.kv_heads, tokens, layout.head_dim)
     return [(torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device)) for _ in range(layout.layers)]
 
@@ -58,27 +62,36 @@ class Piece:
 
 
 class Decoder:
-    """Decodes artifacts into caches. One object may serve many threads."""
+    """Decodes artifacts into caches, several groups of layers at a time. One object may serve many threads."""
 
     def __init__(self, workers: int | None = None):
         self.workers = workers or os.cpu_count() or 1
+
+    @cached_property
+    def _pool(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(self.workers, thread_name_prefix="kvstore-decode")
 
     def decode(self, piece: Piece, cache: Sequence[KV]) -> None:
         """Fill `cache` rows `at : at + count` of every layer. Raises IntegrityError where stored bytes are damaged."""
         stored, tiers = piece.stored, tier_chain(piece.stored.encoding, piece.tier)
         units = [stored.pack.units(stored.segment, t.array) for t in tiers]
-        place = _Placer(piece, cache)
-        with ThreadPoolExecutor(self.workers) as pool:
-            checks = [pool.submit(stored.pack.check_once, stored.segment, t.array) for t in tiers]
-            pending: deque[tuple[int, Future[npt.NDArray[Any]]]] = deque()
-            for group in range(stored.pack.groups):
-                pending.append((group, pool.submit(_decode_group, piece, tiers, [u[group] for u in units], group)))
-                if len(pending) > self.workers:  # bounds the memory beside the cache
-                    _finish(pending, place)
-            while pending:
+        place, groups = _Placer(piece, cache), range(stored.pack.groups)
+        if piece.count <= _ALONE:  # handing work to threads would take longer than doing it
+            for tier in tiers:
+                stored.pack.check_once(stored.segment, tier.array)
+            for group in groups:
+                place(group, _decode_group(piece, tiers, [u[group] for u in units], group))
+            return
+        checks = [self._pool.submit(stored.pack.check_once, stored.segment, t.array) for t in tiers]
+        pending: deque[tuple[int, Future[npt.NDArray[Any]]]] = deque()
+        for group in groups:
+            pending.append((group, self._pool.submit(_decode_group, piece, tiers, [u[group] for u in units], group)))
+            if len(pending) > self.workers:  # bounds the memory beside the cache
                 _finish(pending, place)
-            for check in checks:
-                check.result()
+        while pending:
+            _finish(pending, place)
+        for check in checks:
+            check.result()
 
 
 def _finish(pending: deque[tuple[int, Future[npt.NDArray[Any]]]], place: _Placer) -> None:
@@ -94,8 +107,10 @@ def _decode_group(piece: Piece, tiers: Sequence[Tier], units: Sequence[Sequence[
     last = piece.first + piece.count
     dtype = np.float32 if not tiers[-1].exact else (np.uint32 if layout.dtype == "float32" else np.uint16)
     start = piece.first // block
-    out = np.empty((len(piece.stored.pack.group_layers(group)), 2, min(-(-last // block) * block, piece.stored.segment.tokens) - start * block,
-                    layout.channels), dtype)  # fmt: skip
+    out = np.empty(
+        (len(piece.stored.pack.group_layers(group)), 2, min(-(-last // block) * block, piece.stored.segment.tokens) - start * block, layout.channels),
+        dtype,
+    )
     for b in range(start, -(-last // block)):
         codec.decode([tier[b] for tier in units], out[:, :, (b - start) * block : (b - start + 1) * block])
     return out[:, :, piece.first - start * block : last - start * block]

@@ -1,4 +1,4 @@
-"""Reading a corpus: folders, files and Python objects become documents, in an order that does not depend on the machine."""
+"""Reading a corpus: folders, files and Python objects become documents, in the same order on every machine."""
 
 from __future__ import annotations
 
@@ -20,16 +20,20 @@ INCLUDE = ("*.txt", "*.md", "*.markdown", "*.rst", "*.jsonl", "*.ndjson", "*.par
 
 
 def read(documents: Any, *, include: Sequence[str] | None = None, strict: bool = False) -> Found:
-    """Whatever `kvstore.build` accepts: a path, several paths, or any iterable of documents, dicts, strings or retriever objects.
+    """What `kvstore.build` accepts: one or several paths, or an iterable of documents, dicts, strings, retrieved nodes.
 
-    Strings of a list are paths where one of them exists or looks like a path, else texts. Raises InputError as `read_paths` and `from_objects` do.
+    Strings of a list are paths where one of them exists or looks like a path, else texts. Raises InputError as
+    `read_paths` and `from_objects` do.
     """
     if isinstance(documents, (str, Path)):
         return read_paths([documents], include=include, strict=strict)
     if isinstance(documents, (Document, Mapping)) or hasattr(documents, "page_content"):
         return from_objects([documents], strict=strict)
     if not isinstance(documents, Iterable) or isinstance(documents, (bytes, bytearray)):
-        raise InputError(f"{type(documents).__name__} holds no documents", remedy="pass a path, or an iterable of documents, dicts or strings")
+        raise InputError(
+            f"{type(documents).__name__} holds no documents",
+            remedy="pass a path, or an iterable of documents, dicts or strings",
+        )
     if hasattr(documents, "columns"):  # iterating a data frame gives its column names
         raise InputError(f"{type(documents).__name__} is a table", remedy="pass its rows as dicts, such as frame.to_dict('records')")
     if isinstance(documents, (list, tuple)) and _are_paths(documents):
@@ -40,15 +44,20 @@ def read(documents: Any, *, include: Sequence[str] | None = None, strict: bool =
 def read_paths(paths: Iterable[str | Path], *, include: Sequence[str] | None = None, strict: bool = False) -> Found:
     """Documents of folders (deep, sorted, hidden entries left out), text files, JSONL and Parquet files.
 
-    `include` are shell patterns, matched without regard to case against file names, or against paths under the folder where they hold a slash;
-    None means text, Markdown, reStructuredText, JSONL and Parquet. A file named directly is read whatever it is called.
-    Undecodable, unreadable and empty documents come as Skipped. Raises InputError for an unknown path, for two documents with one source,
-    for Parquet without pyarrow, and with `strict` for whatever is skipped; StorageError where the disk fails.
+    `include` are shell patterns, matched without regard to case against file names, or against paths under the folder
+    where they hold a slash; None means text, Markdown, reStructuredText, JSONL and Parquet. A file named directly is
+    read whatever it is called. Undecodable, unreadable and empty documents come as Skipped. Raises InputError for an
+    unknown path, for two documents with one source, for Parquet without pyarrow, and with `strict` for whatever is
+    skipped; StorageError where the disk fails.
     """
     given = [str(p) for p in paths]
     for path in given:
         if not (os.path.isdir(path) or os.path.isfile(path)):
-            raise InputError(f"no file or folder at {path}", remedy="check the path; to pass a text, put it in a list", code="no-path")
+            raise InputError(
+                f"no file or folder at {path}",
+                remedy="check the path; to pass texts, use dicts with 'text'",
+                code="no-path",
+            )
     roots = dict.fromkeys(os.path.realpath(p) for p in given)  # the same argument twice is read once
     return checked(_read_roots(list(roots), tuple(INCLUDE if include is None else include)), strict)
 

@@ -64,8 +64,7 @@ class Encoder:
         groups, starts = range(0, bits.shape[0], step), range(0, bits.shape[2], block)
         cells = [bits[g : g + step, :, t : t + block] for g in groups for t in starts]
         done = list(self.pool.map(self._unit, cells))
-        return {t.array: [[done[g * len(starts) + b][t.array] for b in range(len(starts))] for g in range(len(groups))]
-                for t in self.encoding.tiers}  # fmt: skip
+        return {t.array: [[done[g * len(starts) + b][t.array] for b in range(len(starts))] for g in range(len(groups))] for t in self.encoding.tiers}
 
     def _unit(self, cell: Bits) -> dict[str, bytes]:
         records = {name: codec.encode(np.ascontiguousarray(cell), self.layout.dtype) for name, codec in self.codecs.items()}

@@ -9,13 +9,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvstore.checkpoint import TensorSlot, Tensors, checkpoint_tensors, safetensors_files, tensors_in
+from kvstore.checkpoint import Tensors, TensorSlot, checkpoint_tensors, safetensors_files, tensors_in
 from kvstore.digest import sha256
 from kvstore.errors import IncompatibleError, InputError, KvstoreError
 from kvstore.families.capture import prefill
@@ -25,8 +25,18 @@ from kvstore.manifest import Layout, Model, ValueDtype
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-_CODES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64", torch.int8: "I8", torch.uint8: "U8",
-          torch.int16: "I16", torch.int32: "I32", torch.int64: "I64", torch.bool: "BOOL"}  # fmt: skip
+_CODES = {
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.int16: "I16",
+    torch.int32: "I32",
+    torch.int64: "I64",
+    torch.bool: "BOOL",
+}
 _TORCH = {code: dtype for dtype, code in _CODES.items()}
 _WHOLE_LIMIT = 64 << 20  # bytes of a model that is compared whole: about 50 ms
 _SAMPLES = 4096  # values a tensor, of larger ones
@@ -45,8 +55,9 @@ def model_at(path: str | Path, dtype: str | None = None) -> Model:
         raise InputError(f"{path}: {str(error).splitlines()[0]}", remedy="give a folder saved by save_pretrained, or a model id") from error
     family = AutoModelForCausalLM._model_mapping.get(type(config), None)
     if family is None:
-        raise IncompatibleError(f"{path}: transformers has no causal language model for {type(config).__name__}",
-                                remedy="load the model in Python and pass the object")  # fmt: skip
+        raise IncompatibleError(
+            f"{path}: transformers has no causal language model for {type(config).__name__}", remedy="load the model in Python and pass the object"
+        )
     tensors = checkpoint_tensors(checkpoint_folder(str(path)))
     return _describe(config, family, str(path), tensors, dtype or _plain_dtype(config.dtype))
 
@@ -65,9 +76,15 @@ def _describe(config: PreTrainedConfig, family: type, name: str, tensors: Tensor
     quantization = getattr(config, "quantization_config", None)
     if dtype not in TOLERANCE:
         raise IncompatibleError(f"{name}: models in {dtype} are not supported", remedy="load it in bfloat16, float16 or float32")
-    return make_model(Path(name).name or name, weights=weights_digest(tensors, getattr(text, "vocab_size", None)), config=kv_config(text.to_dict()),
-                      dtype=_value_dtype(dtype), adapters=adapters, quantization=None if quantization is None else str(quantization),
-                      code=_code_digest(family))  # fmt: skip
+    return make_model(
+        Path(name).name or name,
+        weights=weights_digest(tensors, getattr(text, "vocab_size", None)),
+        config=kv_config(text.to_dict()),
+        dtype=_value_dtype(dtype),
+        adapters=adapters,
+        quantization=None if quantization is None else str(quantization),
+        code=_code_digest(family),
+    )
 
 
 def _value_dtype(name: str) -> ValueDtype:
@@ -174,6 +191,9 @@ def check_probe(found: npt.NDArray[np.float32], stored: npt.NDArray[np.float32],
     error = np.linalg.norm((found - stored).reshape(*found.shape[:2], -1), axis=-1)
     relative = float((error / np.maximum(np.linalg.norm(stored.reshape(*stored.shape[:2], -1), axis=-1), 1e-9)).max())
     if not relative <= TOLERANCE[dtype]:
-        raise IncompatibleError(f"the model computes other keys and values than the store was built from (probe differs by {relative:.3g}, "
-                                f"allowed {TOLERANCE[dtype]})", remedy="build the corpus again with this model", code="probe")  # fmt: skip
+        raise IncompatibleError(
+            f"the model computes other keys and values than the store was built from (probe differs by {relative:.3g}, allowed {TOLERANCE[dtype]})",
+            remedy="build the corpus again with this model",
+            code="probe",
+        )
     return relative

@@ -59,7 +59,7 @@ def weights_digest(tensors: Mapping[str, tuple[str, Sequence[int], str]], vocab_
             embeddings.setdefault((dtype, sha), []).append(name)
     # of equal tables keep the one deepest in the module tree: `model.embed_tokens.weight`, not `lm_head.weight`
     tied = {n for names in embeddings.values() for n in sorted(names, key=lambda n: (-n.count("."), n))[1:]}
-    rows = [[name, dtype, list(shape), sha] for name, (dtype, shape, sha) in sorted(tensors.items()) if name not in tied]
+    rows: list[Canonical] = [[name, dtype, list(shape), sha] for name, (dtype, shape, sha) in sorted(tensors.items()) if name not in tied]
     return digest("kvstore/weights/1", rows)
 
 
@@ -102,8 +102,16 @@ def id_bytes(ids: Sequence[int]) -> bytes:
 def segment_key(model: Model, layout: Layout, context: Context, ids: Sequence[int], rope_regime: str = "static") -> str:
     """The name of a run of token ids prefilled by `model` after `context`."""
     before = id_bytes(context.value) if isinstance(context.value, tuple) else context.value
-    return digest("kvstore/segment/1", {"model": model.key, "layout": layout.identity(), "context": [context.kind, before, context.tokens],
-                                        "rope": rope_regime, "ids": id_bytes(ids)})  # fmt: skip
+    return digest(
+        "kvstore/segment/1",
+        {
+            "model": model.key,
+            "layout": layout.identity(),
+            "context": [context.kind, before, context.tokens],
+            "rope": rope_regime,
+            "ids": id_bytes(ids),
+        },
+    )
 
 
 def artifact_id(segment: str, encoding_id: str) -> str:
@@ -124,8 +132,10 @@ def require_same(ours: Model, stored: Sequence[Model]) -> None:
         return
     nearest = min(stored, key=lambda m: len(difference(ours, m)))
     fields = ", ".join(_shown(f, nearest, ours) for f in difference(ours, nearest))
-    raise IncompatibleError(f"the store was built by another model ({nearest.name}); different: {fields}",
-                            remedy="open it with the model it was built by, or build this corpus with the new model")  # fmt: skip
+    raise IncompatibleError(
+        f"the store was built by another model ({nearest.name}); different: {fields}",
+        remedy="open it with the model it was built by, or build this corpus with the new model",
+    )
 
 
 def _shown(field: str, stored: Model, ours: Model) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
+import numpy as np
 
 from kvstore.digest import sha256
 from kvstore.errors import FormatError, IntegrityError, KvstoreError, NotFoundError, StorageError
@@ -28,9 +29,13 @@ Result = TypeVar("Result")
 log = logging.getLogger("kvstore")
 _TABLES = """
 create table if not exists packs (name text primary key, model text, encoding text);
-create table if not exists segments (key blob, encoding text, pack text, row integer, tokens integer, nbytes integer, primary key (key, encoding, pack)) without rowid;
+create table if not exists segments (
+    key blob, encoding text, pack text, row integer, tokens integer, nbytes integer, primary key (key, encoding, pack)
+) without rowid;
 create index if not exists by_pack on segments (pack);
-create table if not exists newest (source text, model text, template text, encoding text, row blob, primary key (source, model, template, encoding)) without rowid;
+create table if not exists newest (
+    source text, model text, template text, encoding text, row blob, primary key (source, model, template, encoding)
+) without rowid;
 create table if not exists state (number integer);
 """
 
@@ -169,7 +174,7 @@ class Index:
             return
         self._stamps.pop(name, None), self.damaged.pop(name, None)
         encoding, sizes = pack.manifest.encoding_id, [f"{t.array}.nbytes" for t in pack.encoding.tiers]
-        nbytes = sum(rows[s].astype("u8") for s in sizes)
+        nbytes = np.sum([rows[s] for s in sizes], axis=0)
         values = ((r["key"].tobytes(), encoding, name, i, int(r["tokens"]), int(n)) for i, (r, n) in enumerate(zip(rows, nbytes, strict=True)))
         self._db.executemany("insert or replace into segments values (?, ?, ?, ?, ?, ?)", values)
         self._db.execute("insert or replace into packs values (?, ?, ?)", (name, pack.manifest.model, encoding))
@@ -230,4 +235,3 @@ class Index:
         """Artifacts, tokens and bytes of their units."""
         ((count, tokens, nbytes),) = self._query("select count(*), total(tokens), total(nbytes) from segments")
         return int(count), int(tokens), int(nbytes)
-

@@ -73,7 +73,16 @@ def read(store: Store, source: str, quality: Quality, decoder: Decoder, position
         decoder.decode(Piece(stored, tiers[artifact.row.encoding], stored.segment.tokens, at, position + at), layers)
         at += stored.segment.tokens
     tier = tiers[artifact.row.encoding]
-    receipt = {"source": source, "snapshot": store.number, "model": artifact.row.model, "template": artifact.row.template,
-               "encoding": artifact.row.encoding, "tier": tier, "position": position, "tokens": artifact.tokens,
-               "nbytes": artifact.nbytes(tier), "milliseconds": (time.perf_counter() - started) * 1e3}  # fmt: skip
+    receipt = {
+        "source": source,
+        "snapshot": store.number,
+        "model": artifact.row.model,
+        "template": artifact.row.template,
+        "encoding": artifact.row.encoding,
+        "tier": tier,
+        "position": position,
+        "tokens": artifact.tokens,
+        "nbytes": artifact.nbytes(tier),
+        "milliseconds": (time.perf_counter() - started) * 1e3,
+    }
     return artifact.token_ids, layers, receipt

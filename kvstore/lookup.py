@@ -11,7 +11,7 @@ from kvstore.documents import Document, Skipped, from_objects, text_digest
 from kvstore.errors import InputError, NotFoundError
 from kvstore.identity import Context
 from kvstore.manifest import Layout, Model, Row
-from kvstore.passages import plan_document
+from kvstore.passages import passage_names, plan_document
 from kvstore.plan import Rules
 from kvstore.store import Store, Stored, describe
 from kvstore.template import Renderer
@@ -45,8 +45,11 @@ class View:
             raise NotFoundError(f"{self.store.path} holds nothing of model {self.model.name}", remedy="build a corpus with it")
         kinds = {(r.template, r.encoding): r for r in rows}
         if len(kinds) > 1:
-            raise InputError(f"the store holds {len(kinds)} versions: {'; '.join(describe(r) for r in kinds.values())}",
-                             remedy="say which with template= and encoding= (--template, --encoding)", code="ambiguous")  # fmt: skip
+            raise InputError(
+                f"the store holds {len(kinds)} versions: {'; '.join(describe(r) for r in kinds.values())}",
+                remedy="say which with template= and encoding= (--template, --encoding)",
+                code="ambiguous",
+            )
         return rows[0]
 
     @cached_property
@@ -102,7 +105,7 @@ class View:
         texts = plan_document(document, self.renderer, passage_tokens=rules.passage_tokens, context=rules.context_tokens, reserve=0, long="split")
         if isinstance(texts, Skipped):
             raise InputError(f"{texts.source}: {texts.reason}", remedy="leave it out")
-        names = [document.source] if len(texts) == 1 else [f"{document.source}#{i}" for i in range(len(texts))]
+        names = passage_names(document.source, len(texts))
         return [Block(n, tuple(self.renderer.document(t)), miss) for n, t in zip(names, texts, strict=True)]
 
 

@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
+from msgspec import Meta
 
 from kvstore.digest import digest
 from kvstore.errors import FormatError, IntegrityError
@@ -19,12 +20,18 @@ ValueDtype = Literal["bfloat16", "float16", "float32"]
 Regime = Literal["prefix", "isolated"]
 Record = TypeVar("Record", bound=msgspec.Struct)
 
+# what may stand in a record at all: held when it is parsed, before anything is allocated or any path is formed from it
+Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$(?!\n)")]  # `$` alone would let a newline follow
+Positive = Annotated[int, Meta(ge=1, le=2**53 - 1)]  # whole in every JSON reader
+Layers = Annotated[int, Meta(ge=1, le=1 << 12)]
+TokenId = Annotated[int, Meta(ge=0, le=2**32 - 2)]  # 2**32 - 1 is padding
+
 
 class Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=False):
     """Base of every record on disk."""
 
 
-class RopeRecord(Strict):
+class RopeRecord(Strict, frozen=True):
     """How one class of layers rotates its keys, so that loading needs no model code.
 
     Channels `start : start + dim` of each head are rotated in pairs: (i, i + dim/2) for `half`, (2i, 2i + 1) for `interleaved`.
@@ -32,10 +39,10 @@ class RopeRecord(Strict):
     precision the model multiplies: its own dtype (cos and sin rounded first) or float32.
     """
 
-    start: int
-    dim: int
+    start: Annotated[int, Meta(ge=0, lt=1 << 16)]
+    dim: Annotated[int, Meta(ge=2, le=1 << 16, multiple_of=2)]
     layout: Literal["half", "interleaved"]
-    inv_freq: str
+    inv_freq: Annotated[str, Meta(pattern=r"^([0-9a-f]{8})+$(?!\n)", max_length=1 << 18)]
     scaling: float
     arithmetic: Literal["model", "float32"]
     kind: str
@@ -45,18 +52,18 @@ class RopeRecord(Strict):
         return np.frombuffer(bytes.fromhex(self.inv_freq), dtype="<f4")
 
 
-class Layout(Strict):
+class Layout(Strict, frozen=True):
     """What is cached per layer. `rope_of[layer]` indexes `ropes`, or is None where the layer has no RoPE.
 
     `capture` is `hooked` where K was seen before its rotation, `unrotated` where it had to be computed back from the cache.
     """
 
-    layers: int
-    kv_heads: int
-    head_dim: int
+    layers: Layers
+    kv_heads: Annotated[int, Meta(ge=1, le=1 << 14)]
+    head_dim: Annotated[int, Meta(ge=1, le=1 << 16)]
     dtype: ValueDtype
     capture: Literal["hooked", "unrotated"]
-    rope_of: tuple[int | None, ...]
+    rope_of: tuple[Annotated[int, Meta(ge=0, lt=1 << 12)] | None, ...]
     ropes: tuple[RopeRecord, ...]
 
     @property
@@ -70,39 +77,46 @@ class Layout(Strict):
     def identity(self) -> dict[str, Any]:
         """The part that enters keys: no measured float (inv_freq follows from the config, which the model key holds)."""
         rotated = [None if r is None else self._geometry(self.ropes[r]) for r in self.rope_of]
-        return {"layers": self.layers, "kv_heads": self.kv_heads, "head_dim": self.head_dim, "dtype": self.dtype,
-                "capture": self.capture, "keys": "before-rope", "rotated": rotated}  # fmt: skip
+        return {
+            "layers": self.layers,
+            "kv_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "dtype": self.dtype,
+            "capture": self.capture,
+            "keys": "before-rope",
+            "rotated": rotated,
+        }
 
     @staticmethod
     def _geometry(rope: RopeRecord) -> dict[str, Any]:
         return {"start": rope.start, "dim": rope.dim, "layout": rope.layout}
 
 
-class Tier(Strict):
+class Tier(Strict, frozen=True):
     """One layer of quality. `array` is its folder in the pack; `requires` names the tiers that must be read with it."""
 
-    name: str
-    array: str
+    name: Annotated[str, Meta(min_length=1)]
+    array: Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,31}$(?!\n)")]
     codec: str
-    level: int
+    level: Annotated[int, Meta(ge=0, le=15)]
     requires: tuple[str, ...]
     exact: bool
 
 
-class CodecSpec(Strict):
+class CodecSpec(Strict, frozen=True):
     name: str
-    version: int
+    version: Positive
     params: dict[str, int | str]
-    calibration: str | None = None
+    calibration: Digest | None = None
 
 
-class Encoding(Strict):
+class Encoding(Strict, frozen=True):
     """How values become bytes: the codecs, their tiers (base first), and the unit's size."""
 
-    codecs: tuple[CodecSpec, ...]
-    tiers: tuple[Tier, ...]
-    block_tokens: int
-    group_layers: int
+    codecs: Annotated[tuple[CodecSpec, ...], Meta(min_length=1)]
+    tiers: Annotated[tuple[Tier, ...], Meta(min_length=1)]
+    block_tokens: Annotated[int, Meta(ge=1, le=1 << 12)]
+    group_layers: Layers
 
     @property
     def id(self) -> str:
@@ -115,27 +129,27 @@ class Encoding(Strict):
         return next(c for c in self.codecs if c.name == name)
 
 
-class FileDigest(Strict):
+class FileDigest(Strict, frozen=True):
     """`sha256` is None for shards: their content is covered by the digests of `segments`, their index by its own crc32c."""
 
-    bytes: int
-    sha256: str | None = None
+    bytes: Positive
+    sha256: Digest | None = None
 
 
-class Model(Strict):
+class Model(Strict, frozen=True):
     """The model as packs and snapshots name it; `key` is design section 3's model_key."""
 
-    key: str
+    key: Digest
     name: str
-    weights: str
+    weights: Digest
     config: dict[str, Any]
     dtype: ValueDtype
     adapters: tuple[str, ...] = ()
     quantization: str | None = None
-    code: str | None = None
+    code: Digest | None = None
 
 
-class ModelRecord(Strict):
+class ModelRecord(Strict, frozen=True):
     """models/<key>/zarr.json: the model, its layout, and the ids of the probe whose sketch lies beside it.
 
     `digest` covers all other fields, `probe_sha256` the sketch's bytes; `add_model` fills both in.
@@ -145,45 +159,45 @@ class ModelRecord(Strict):
     kind: Literal["model"]
     model: Model
     layout: Layout
-    probe_ids: tuple[int, ...]
+    probe_ids: Annotated[tuple[TokenId, ...], Meta(min_length=1, max_length=1 << 12)]
     provenance: dict[str, str]
-    probe_sha256: str = ""
-    digest: str = ""
+    probe_sha256: Digest = ""
+    digest: Digest = ""
 
     def own_digest(self) -> str:
         body = {k: v for k, v in msgspec.to_builtins(self).items() if k != "digest"}
         return digest("kvstore/model-record/1", msgspec.json.encode(body, order="deterministic"))
 
 
-class PackManifest(Strict):
+class PackManifest(Strict, frozen=True):
     """packs/<digest>/zarr.json, attributes.kvstore."""
 
     format: int
     kind: Literal["pack"]
-    model: str
+    model: Digest
     layout: Layout
     encoding: Encoding
-    encoding_id: str
-    segments: int
-    slots: int
+    encoding_id: Digest
+    segments: Positive
+    slots: Positive
     files: dict[str, FileDigest]
     provenance: dict[str, str]
 
 
-class Part(Strict):
+class Part(Strict, frozen=True):
     """A piece of a template: its text and the ids it became."""
 
     text: str
-    ids: tuple[int, ...]
+    ids: tuple[TokenId, ...]
 
 
-class TemplateRecord(Strict):
+class TemplateRecord(Strict, frozen=True):
     """.kvstore/templates/<digest>.json: the prompt's fixed parts. `source` tells from what it was cut (so that it is reused)."""
 
     format: int
     kind: str
-    source: str
-    tokenizer: str
+    source: Digest
+    tokenizer: Digest
     system: str | None
     anchor: Part
     head: Part
@@ -197,27 +211,27 @@ class TemplateRecord(Strict):
         return digest("kvstore/template/1", msgspec.to_builtins(self))
 
 
-class Passage(Strict):
+class Passage(Strict, frozen=True):
     """One stored piece of a document: its length and the segment keys it is stored under."""
 
-    tokens: int
-    prefix: str | None = None
-    isolated: str | None = None
+    tokens: Positive
+    prefix: Digest | None = None
+    isolated: Digest | None = None
 
 
-class Row(Strict):
+class Row(Strict, frozen=True):
     """One document of a snapshot in one model, template and encoding.
 
     `text` is the digest of the document's text, `recipe` says how it was cut, `root` is the folder a build syncs.
     """
 
-    source: str
-    model: str
-    template: str
-    encoding: str
-    text: str
+    source: Annotated[str, Meta(min_length=1)]
+    model: Digest
+    template: Digest
+    encoding: Digest
+    text: Digest
     recipe: str
-    head: str | None
+    head: Digest | None
     passages: tuple[Passage, ...]
     root: str = ""
     metadata: dict[str, Any] = {}
@@ -226,40 +240,40 @@ class Row(Strict):
     def id(self) -> tuple[str, str, str, str]:
         return (self.source, self.model, self.template, self.encoding)
 
-    def keys(self) -> set[str]:
+    def segment_keys(self) -> set[str]:
         """Every segment key this row needs, the head's included."""
         found = {k for p in self.passages for k in (p.prefix, p.isolated)} | {self.head}
         return {k for k in found if k is not None}
 
 
-class Snapshot(Strict):
+class Snapshot(Strict, frozen=True):
     """.kvstore/snapshots/<number>.json: a delta against `parent`, or (`full`) every row.
 
     `digest` covers all other fields; `removed` lists row ids.
     """
 
     format: int
-    number: int
-    parent: int | None
-    parent_digest: str | None
+    number: Positive
+    parent: Positive | None
+    parent_digest: Digest | None
     full: bool
     created: str
     note: str
     rows: tuple[Row, ...]
-    removed: tuple[tuple[str, str, str, str], ...]
-    digest: str = ""
+    removed: tuple[tuple[str, Digest, Digest, Digest], ...]
+    digest: Digest = ""
 
     def own_digest(self) -> str:
         body = {k: v for k, v in msgspec.to_builtins(self).items() if k != "digest"}
         return digest("kvstore/snapshot/1", msgspec.json.encode(body, order="deterministic"))
 
 
-class StoreRecord(Strict):
+class StoreRecord(Strict, frozen=True):
     """zarr.json of the root, attributes.kvstore."""
 
     format: int
     kind: Literal["store"]
-    id: str
+    id: Annotated[str, Meta(pattern=r"^[0-9a-f]{32}$(?!\n)")]
 
 
 def parse(data: bytes | dict[str, Any], kind: type[Record], where: str) -> Record:
@@ -288,15 +302,26 @@ def check_format(plain: Any, where: str) -> None:
 
 def zarr_group(attributes: msgspec.Struct | None = None) -> bytes:
     """zarr.json of a Zarr v3 group that carries `attributes` under the name kvstore; deterministic bytes."""
-    document = {"zarr_format": 3, "node_type": "group",
-                "attributes": {} if attributes is None else {"kvstore": msgspec.to_builtins(attributes)}}  # fmt: skip
+    document = {"zarr_format": 3, "node_type": "group", "attributes": {} if attributes is None else {"kvstore": msgspec.to_builtins(attributes)}}
     return msgspec.json.format(msgspec.json.encode(document, order="deterministic"), indent=1)
+
+
+class _Attributes(Strict, frozen=True):
+    kvstore: dict[str, Any]
+
+
+class _Group(Strict, frozen=True):
+    """zarr.json of a group that kvstore wrote, and nothing else: no consolidated metadata, no attributes of others."""
+
+    zarr_format: Literal[3]
+    node_type: Literal["group"]
+    attributes: _Attributes
 
 
 def parse_group(data: bytes, kind: type[Record], where: str) -> Record:
     """The kvstore attributes of a group's zarr.json as a record of type `kind`."""
     try:
-        attributes = msgspec.json.decode(data)["attributes"]["kvstore"]
-    except (msgspec.DecodeError, RecursionError, KeyError, TypeError) as error:
-        raise FormatError(f"{where}: not a kvstore group ({error!r})", remedy="check the path") from error
+        attributes = msgspec.json.decode(data, type=_Group).attributes.kvstore
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise FormatError(f"{where}: not a kvstore group ({error})", remedy="check the path") from error
     return parse(attributes, kind, where)

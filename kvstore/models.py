@@ -47,8 +47,10 @@ class ModelSource:
         try:
             return Path(snapshot_download(str(self.given), allow_patterns=_HUB_FILES))
         except Exception as error:  # the hub raises many kinds: all mean that the name leads nowhere
-            raise InputError(f"no model at {self.given!r}: {str(error).splitlines()[0]}",
-                             remedy="give a folder saved by save_pretrained, or the id of a model that can be reached") from error  # fmt: skip
+            raise InputError(
+                f"no model at {self.given!r}: {str(error).splitlines()[0]}",
+                remedy="give a folder saved by save_pretrained, or the id of a model that can be reached",
+            ) from error
 
     @cached_property
     def identity(self) -> Model:

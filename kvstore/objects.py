@@ -1,4 +1,4 @@
-"""Documents from Python objects: our own, dicts, strings, and what retrievers return, known by its attributes and never imported."""
+"""Documents from Python objects: our own, dicts, strings, and what retrievers return, known by its attributes."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ def from_objects(objects: Iterable[Any], *, strict: bool = False) -> Found:
 
     - Document: itself. str: called `text-<12 hex>` after its content.
     - dict: `text`, and `source` or `id`; the rest, and the dict under `metadata`, is metadata.
-    - LangChain documents (`page_content`) and LlamaIndex nodes (`node`, or `text` with `id_`): called after the file they were cut from where
-      their metadata tells, else after their id. A second text from the same file is called `file/text-<12 hex>`.
+    - LangChain documents (`page_content`) and LlamaIndex nodes (`node`, or `text` with `id_`): called after the file
+      they were cut from where their metadata tells, else after their id. A second text from the same file is called
+      `file/text-<12 hex>`.
 
-    A text that comes twice without a name is reported once as skipped. Raises InputError for any other type, for two documents with the
-    same explicit name, and with `strict` for what is skipped.
+    A text that comes twice without a name is reported once as skipped. Raises InputError for any other type, for two
+    documents with the same explicit name, and with `strict` for what is skipped.
     """
     return checked(_distinct(map(document_of, objects)), strict)
 

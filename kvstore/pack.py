@@ -116,8 +116,9 @@ class Pack:
     def segment(self, row: int) -> Segment:
         r = self.rows[row]
         kind = CONTEXT_KINDS[int(r["context"])]
-        ranges = {t.array: (int(r[f"{t.array}.offset"]), int(r[f"{t.array}.nbytes"]), r[f"{t.array}.sha256"].tobytes().hex())
-                  for t in self.encoding.tiers}  # fmt: skip
+        ranges = {
+            t.array: (int(r[f"{t.array}.offset"]), int(r[f"{t.array}.nbytes"]), r[f"{t.array}.sha256"].tobytes().hex()) for t in self.encoding.tiers
+        }
         parent = r["parent"].tobytes().hex() if kind == "parent" else None
         return Segment(r["key"].tobytes().hex(), parent, kind, int(r["position"]), int(r["start"]), int(r["tokens"]), ranges)
 
@@ -170,7 +171,9 @@ class Pack:
         whole, block = self.shard(array), self.encoding.block_tokens
         first = segment.start // block
         entries = self.index(array)[:, first : first + -(-segment.tokens // block)]
-        inside = (entries[..., 0] >= offset) & (entries[..., 1] >= 4) & (entries[..., 1] <= size) & (entries[..., 0] <= offset + size - entries[..., 1])
+        inside = (
+            (entries[..., 0] >= offset) & (entries[..., 1] >= 4) & (entries[..., 1] <= size) & (entries[..., 0] <= offset + size - entries[..., 1])
+        )
         if not inside.all():
             raise IntegrityError(f"{self.folder}/{array}: segment {segment.key[:12]} has units outside its range", remedy=_DAMAGED)
         trailer = 0 if whole_records else 4

@@ -92,8 +92,9 @@ class PackWriter:
             self._shards = {t.array: _Shard(folder / t.array / SHARD) for t in self.encoding.tiers}
             self._folder = folder
 
-    def add(self, key: str, context: Context, ids: Sequence[int], units: Mapping[str, Sequence[Sequence[bytes | memoryview]]],
-            checked: bool = False) -> dict[str, Range]:  # fmt: skip
+    def add(
+        self, key: str, context: Context, ids: Sequence[int], units: Mapping[str, Sequence[Sequence[bytes | memoryview]]], checked: bool = False
+    ) -> dict[str, Range]:
         """Append one segment; `checked` units carry their crc32c already. Its (offset, nbytes, sha256) per tier array.
 
         Raises StorageError where the disk is full. An error or an interrupt leaves the writer as it was before the call.
@@ -133,8 +134,17 @@ class PackWriter:
     def _add_row(self, key: str, context: Context, ids: Sequence[int], ranges: Mapping[str, Range]) -> None:
         parent = bytes.fromhex(context.value) if isinstance(context.value, str) else bytes(32)
         tiers = [x for offset, size, sha in ranges.values() for x in (offset, size, np.frombuffer(bytes.fromhex(sha), np.uint8))]
-        self.rows.append((np.frombuffer(bytes.fromhex(key), np.uint8), np.frombuffer(parent, np.uint8), CONTEXT_KINDS.index(context.kind),
-                          context.tokens, self.slots, len(ids), *tiers))  # fmt: skip
+        self.rows.append(
+            (
+                np.frombuffer(bytes.fromhex(key), np.uint8),
+                np.frombuffer(parent, np.uint8),
+                CONTEXT_KINDS.index(context.kind),
+                context.tokens,
+                self.slots,
+                len(ids),
+                *tiers,
+            )
+        )
         padding = -len(ids) % self.encoding.block_tokens
         self.ids.append(id_bytes(ids) + id_bytes([NO_TOKEN] * padding))
         self.slots += len(ids) + padding
@@ -171,8 +181,17 @@ class PackWriter:
             files |= self._write(f"{tier.array}/zarr.json", tier_metadata(tier, self.layout, self.encoding, self.slots))
         files |= self._write_tokens() | self._write_rows()
         manifest = PackManifest(
-            format=FORMAT, kind="pack", model=self.model, layout=self.layout, encoding=self.encoding, encoding_id=self.encoding.id,
-            segments=len(self.rows), slots=self.slots, files=dict(sorted(files.items())), provenance=self.provenance)  # fmt: skip
+            format=FORMAT,
+            kind="pack",
+            model=self.model,
+            layout=self.layout,
+            encoding=self.encoding,
+            encoding_id=self.encoding.id,
+            segments=len(self.rows),
+            slots=self.slots,
+            files=dict(sorted(files.items())),
+            provenance=self.provenance,
+        )
         document = zarr_group(manifest)
         for child in folder.iterdir():
             sync_folder(child)

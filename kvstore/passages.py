@@ -18,21 +18,31 @@ LongRule = Literal["split", "skip", "error"]
 Counts = Callable[[Sequence[str]], list[int]]
 Span = tuple[int, int]
 # after a blank line, a line, a sentence, a word: the end of each match is where the text may be cut
-_CUTS = [re.compile(p) for p in (r"\n[ \t]*(?:\n[ \t]*)+", r"\n", r"[.!?…。！？][\"'”’)\]]*\s+|[。！？]", r"\s+")]
+_SENTENCE = r"[.!?…。！？][\"'”’)\]]*\s+|[。！？]"
+_CUTS = [re.compile(p) for p in (r"\n[ \t]*(?:\n[ \t]*)+", r"\n", _SENTENCE, r"\s+")]
 
 
-def plan_document(document: Document, renderer: Renderer, *, passage_tokens: int | None = None, context: int, reserve: int,
-                  long: LongRule = "split") -> list[str] | Skipped:  # fmt: skip
+def plan_document(
+    document: Document,
+    renderer: Renderer,
+    *,
+    passage_tokens: int | None = None,
+    context: int,
+    reserve: int,
+    long: LongRule = "split",
+) -> list[str] | Skipped:
     """The texts to compile for a document: itself where it fits and `passage_tokens` is None, else its passages.
 
-    A document fits where its rendered ids and the head leave `reserve` of the `context` tokens free for question and answer. One that does
-    not is cut, skipped or refused (InputError), as `long` says; `passage_tokens` bounds the rendered ids of a passage in any case.
-    Raises InputError where the head leaves no room at all.
+    A document fits where its rendered ids and the head leave `reserve` of the `context` tokens free for question and
+    answer. One that does not is cut, skipped or refused (InputError), as `long` says; `passage_tokens` bounds the
+    rendered ids of a passage in any case. Raises InputError where the head leaves no room at all.
     """
     room = context - reserve - len(renderer.head_ids)
     if room < 1:
-        raise InputError(f"a head of {len(renderer.head_ids)} tokens and a reserve of {reserve} leave no room in a context of {context}",
-                         remedy="shorten the system prompt, or keep less in reserve")  # fmt: skip
+        raise InputError(
+            f"a head of {len(renderer.head_ids)} tokens and a reserve of {reserve} leave no room in {context}",
+            remedy="shorten the system prompt, or keep less in reserve",
+        )
     tokens = len(renderer.document(document.text))
     if tokens > room and long != "split":
         reason = f"{tokens} tokens are more than the {room} that the context leaves"

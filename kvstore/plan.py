@@ -94,27 +94,44 @@ class Planner:
 
     def _document(self, document: Document) -> Planned | None:
         text = text_digest(document.text)
+        tasks: tuple[Task, ...] = ()
         prior = self.prior.get((document.source, self.model.key, self.renderer.record.id, self.encoding.id))
         if prior is not None and self._still_true(prior, text):
-            passages, tasks = prior.passages, ()
+            passages = prior.passages
         else:
-            texts = plan_document(document, self.renderer, passage_tokens=self.rules.passage_tokens, context=self.rules.context_tokens,
-                                  reserve=self.rules.reserve, long=self.rules.long)  # fmt: skip
+            texts = plan_document(
+                document,
+                self.renderer,
+                passage_tokens=self.rules.passage_tokens,
+                context=self.rules.context_tokens,
+                reserve=self.rules.reserve,
+                long=self.rules.long,
+            )
             if isinstance(texts, Skipped):
                 self.skipped.append(texts)
                 return None
             keep = set(REGIMES[self.rules.regime]) | self._regimes_of(prior, text)
             done = [self._passage(tuple(self.renderer.document(t)), keep) for t in texts]
             passages, tasks = tuple(p for p, _ in done), (self.head_task, *(t for _, ts in done for t in ts))
-        row = Row(document.source, self.model.key, self.renderer.record.id, self.encoding.id, text, self.rules.recipe, self.head_task.key,
-                  passages, document.root, dict(document.metadata))  # fmt: skip
+        row = Row(
+            document.source,
+            self.model.key,
+            self.renderer.record.id,
+            self.encoding.id,
+            text,
+            self.rules.recipe,
+            self.head_task.key,
+            passages,
+            document.root,
+            dict(document.metadata),
+        )
         return Planned(row, self._missing(tasks), row != prior)
 
     def _still_true(self, prior: Row, text: str) -> bool:
         """The same text, cut the same way, in every context asked for, and all of it stored."""
         asked = all(getattr(p, regime) is not None for p in prior.passages for regime in REGIMES[self.rules.regime])
         same = prior.text == text and prior.recipe == self.rules.recipe and prior.head == self.head_task.key
-        return same and asked and all(self.store.index.has(k, self.encoding.id) for k in prior.keys())
+        return same and asked and all(self.store.index.has(k, self.encoding.id) for k in prior.segment_keys())
 
     def _regimes_of(self, prior: Row | None, text: str) -> set[Regime]:
         """Contexts that the unchanged text is stored in already: a narrower build does not forget them."""

@@ -29,7 +29,7 @@ class Quality:
             raise InputError(f"{' and '.join(given)} exclude each other", remedy="give one of them")
 
     def choose(self, stored: Sequence[Stored]) -> dict[str, str]:
-        """Encoding id -> tier for all artifacts of one load. Raises NotFoundError, IncompatibleError or ResourceError if nothing satisfies the wish."""
+        """Encoding id -> tier for all artifacts of one load. Raises NotFoundError, IncompatibleError or ResourceError."""
         encodings = {s.pack.manifest.encoding_id: s.encoding for s in stored}
         return {id: self._in(encoding, [s for s in stored if s.pack.manifest.encoding_id == id]) for id, encoding in encodings.items()}
 
@@ -50,8 +50,11 @@ class Quality:
         """The cheapest tier known to be good enough: so far only exact ones have a known KL, which is 0."""
         exact = [t.name for t in encoding.tiers if t.exact]
         if not exact:
-            raise IncompatibleError(f"no tier of this artifact has a measured KL, so max_kl={self.max_kl:g} cannot be promised",
-                                    remedy="choose a tier by name, or build with --lossless", code="unmeasured")  # fmt: skip
+            raise IncompatibleError(
+                f"no tier of this artifact has a measured KL, so max_kl={self.max_kl:g} cannot be promised",
+                remedy="choose a tier by name, or build with --lossless",
+                code="unmeasured",
+            )
         return exact[0]
 
     def _finest(self, encoding: Encoding, fits: Callable[[Tier], bool], limit: str) -> str:

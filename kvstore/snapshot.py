@@ -92,8 +92,10 @@ class SnapshotLog:
             raise IntegrityError(f"snapshot {child.number} is a delta without a parent", remedy="restore it from a copy")
         parent = self.read(child.parent)
         if parent.digest != child.parent_digest:
-            raise IntegrityError(f"snapshot {parent.number} is not the one that {child.number} was written against",
-                                 remedy="restore the snapshots folder from one copy")  # fmt: skip
+            raise IntegrityError(
+                f"snapshot {parent.number} is not the one that {child.number} was written against",
+                remedy="restore the snapshots folder from one copy",
+            )
         return parent
 
     def commit(self, change: Change, note: str, guard: Callable[[Rows], None] | None = None) -> int:

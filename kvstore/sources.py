@@ -16,10 +16,11 @@ from kvstore.errors import InputError
 class Document:
     """A text with a name.
 
-    `source` is a path under the corpus root with POSIX separators, made NFC here. Newlines in `text` become `\\n` and a leading byte order mark
-    goes, so that a text has one digest wherever it was written. `metadata` is made JSON-serialisable: other values become strings.
-    `root` is the absolute path of the argument that led here, empty for objects; a build syncs by it.
-    Raises InputError for an empty source, and for text that is not Unicode (lone surrogates).
+    `source` is a path under the corpus root with POSIX separators, made NFC here. Newlines in `text` become `\\n` and a
+    leading byte order mark goes, so that a text has one digest wherever it was written. `metadata` is made
+    JSON-serialisable: other values become strings. `root` is the absolute path of the argument that led here, empty for
+    objects; a build syncs by it. Raises InputError for an empty source, and for text that is not Unicode (lone
+    surrogates).
     """
 
     text: str
@@ -29,8 +30,10 @@ class Document:
 
     def __post_init__(self) -> None:
         if not isinstance(self.text, str) or not isinstance(self.source, str):
-            raise InputError(f"document {self.source!r}: text and source must be strings, got {type(self.text).__name__} and "
-                             f"{type(self.source).__name__}", remedy="convert them")  # fmt: skip
+            raise InputError(
+                f"document {self.source!r}: text and source must be strings, got {type(self.text).__name__} and {type(self.source).__name__}",
+                remedy="convert them",
+            )
         if not self.source:
             raise InputError("a document has an empty source", remedy="name it")
         if not is_unicode(self.text) or not is_unicode(self.source):
@@ -75,7 +78,7 @@ def is_unicode(text: str) -> bool:
 
 
 def decoded(data: bytes) -> str | None:
-    """UTF-8, with or without a byte order mark; None for anything else, and for binary data that happens to be UTF-8."""
+    """UTF-8 with or without a byte order mark; None for anything else, as for binary data that happens to be UTF-8."""
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -95,7 +98,7 @@ def document_or_skipped(text: str | None, source: str, metadata: Mapping[str, An
 
 
 def jsonable(value: Any) -> Any:
-    """`value` as JSON can hold it. What JSON does not know (dates, arrays, NaN, integers beyond 64 bits) becomes its string."""
+    """`value` as JSON can hold it. What it cannot (dates, arrays, NaN, integers beyond 64 bits) becomes its string."""
     if value is None or isinstance(value, (bool, str)):
         return value if not isinstance(value, str) or is_unicode(value) else ascii(value)
     if isinstance(value, int) and -(2**63) <= value < 2**63:
@@ -110,7 +113,7 @@ def jsonable(value: Any) -> Any:
 
 
 def checked(found: Iterable[Document | Skipped], strict: bool) -> Found:
-    """Pass on what was found. Raises InputError for a source that comes twice, and with `strict` for whatever had to be skipped."""
+    """Pass on what was found. Raises InputError for a source that comes twice, with `strict` for what is skipped."""
     roots: dict[str, str] = {}
     for item in found:
         if isinstance(item, Skipped):
@@ -125,4 +128,8 @@ def checked(found: Iterable[Document | Skipped], strict: bool) -> Found:
 
 def _twice(item: Document, earlier: str) -> InputError:
     where = f" ({earlier} and {item.root})" if earlier != item.root else f" in {item.root}" if item.root else ""
-    return InputError(f"two documents are called {item.source!r}{where}", remedy="rename one, or build from their common folder", code="duplicate")
+    return InputError(
+        f"two documents are called {item.source!r}{where}",
+        remedy="rename one, or build from their common folder",
+        code="duplicate",
+    )

@@ -123,10 +123,13 @@ class Store:
 
     def _require_stored(self, rows: Sequence[Row]) -> None:
         self.index.refresh_packs()
-        lacking = [r.source for r in rows if not all(self.index.has(k, r.encoding) for k in r.keys())]
+        lacking = [r.source for r in rows if not all(self.index.has(k, r.encoding) for k in sorted(r.segment_keys()))]
         if lacking:
-            raise StorageError(f"{len(lacking)} documents (first: {lacking[0]}) need segments that are not stored, or no longer",
-                               remedy="run the same command again: it does only what is missing", code="collected")  # fmt: skip
+            raise StorageError(
+                f"{len(lacking)} documents (first: {lacking[0]}) need segments that are not stored, or no longer",
+                remedy="run the same command again: it does only what is missing",
+                code="collected",
+            )
 
     # documents
 
@@ -141,8 +144,11 @@ class Store:
         if not found:
             raise NotFoundError(f"{source!r} is not in {self.path}", remedy="`kvstore ls` lists what is; `kvstore build` adds")
         if len(found) > 1:
-            raise InputError(f"{source!r} is stored {len(found)} times: {'; '.join(describe(r) for r in found)}",
-                             remedy="say which with --model, --template or --encoding", code="ambiguous")  # fmt: skip
+            raise InputError(
+                f"{source!r} is stored {len(found)} times: {'; '.join(describe(r) for r in found)}",
+                remedy="say which with --model, --template or --encoding",
+                code="ambiguous",
+            )
         return found[0]
 
     def sources(self) -> list[str]:

@@ -21,7 +21,7 @@ def is_table(path: Path) -> bool:
 
 
 def read_table(path: Path, source: str, root: str) -> Found:
-    """The rows of a table file as documents called `source/id`. Raises InputError where pyarrow is needed and missing."""
+    """Rows of a table file as documents called `source/id`. Raises InputError where pyarrow is needed and missing."""
     rows = _json_lines(path) if path.suffix.lower() in JSON_LINES else _parquet(path)
     for number, row in rows:
         yield _document(row, number, source, root)

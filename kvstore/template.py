@@ -1,8 +1,9 @@
 """The prompt's fixed parts, frozen at build, and rendering documents and questions between them.
 
-What is compiled is the rendered prompt, so the record is part of the format: a template that prints today's date stays as it was built.
-Ids at the edge of a document or question come from tokenising it together with the plain text around it, up to the next special token:
-`.` and a newline are one token in many vocabularies. The record's ids of these parts are those they have alone.
+What is compiled is the rendered prompt, so the record is part of the format: a template that prints today's date stays
+as it was built. Ids at the edge of a document or question come from tokenising it together with the plain text around
+it, up to the next special token: `.` and a newline are one token in many vocabularies. The record's ids of these parts
+are those they have alone.
 """
 
 from __future__ import annotations
@@ -28,14 +29,15 @@ log = logging.getLogger("kvstore")
 def make_template(kind: str | Path, tokenizer: Any, system: str | None = None, *, encoder: TextEncoder | None = None) -> TemplateRecord:
     """Cut the prompt of `tokenizer` into its fixed parts.
 
-    `kind` is `auto` (the tokenizer's chat template, `plain` where it has none), `plain`, or the path of a file that holds one prompt with the
-    markers {system}, {document} and {query}; one newline at the end of the file does not count. `system` is the system prompt; it and
-    its surrounding parts become the head. `encoder` saves reading the vocabulary again.
-    The anchor is the head without the system prompt where that takes at most 32 tokens, else BOS, else a newline.
-    Raises InputError where a template cannot be cut at special tokens or newlines, or begins with two BOS.
+    `kind` is `auto` (the tokenizer's chat template, `plain` where it has none), `plain`, or the path of a file that
+    holds one prompt with the markers {system}, {document} and {query}; one newline at the end of the file does not
+    count. `system` is the system prompt; it and its surrounding parts become the head. `encoder` saves reading the
+    vocabulary again. The anchor is the head without the system prompt where that takes at most 32 tokens, else BOS,
+    else a newline. Raises InputError where a template cannot be cut at special tokens or newlines, or begins with two
+    BOS.
     """
     encoder = encoder or TextEncoder(tokenizer)
-    system = clean_newlines(system).strip() or None if system is not None else None
+    system = _trimmed(system)
     name, text = _chosen(kind, tokenizer)
     if name == "auto":
         parts, bare = cutting.chat(tokenizer, encoder, system, text)
@@ -43,19 +45,26 @@ def make_template(kind: str | Path, tokenizer: Any, system: str | None = None, *
         parts, bare = cutting.plain(encoder, system), None if system is None else cutting.plain(encoder, None)
     else:
         parts, bare = cutting.file(text, encoder, system), None if system is None else cutting.file(text, encoder, None)
-    record = _record(name, source_digest(name, text, system), encoder, system, parts, bare if system is not None else parts)
+    source = _source(name, text, tokenizer, system)
+    record = _record(name, source, encoder, system, parts, bare if system is not None else parts)
     _check(record, encoder)
     return record
 
 
 def template_source(kind: str | Path, tokenizer: Any, system: str | None = None) -> str:
-    """What `make_template` puts into the record's `source`, without rendering: finds the record that an earlier build froze."""
+    """The `source` of the record that `make_template` would return: finds the one that an earlier build froze."""
     name, text = _chosen(kind, tokenizer)
-    return source_digest(name, text, clean_newlines(system).strip() or None if system is not None else None)
+    return _source(name, text, tokenizer, _trimmed(system))
 
 
-def source_digest(kind: str, text: str, system: str | None) -> str:
-    return digest("kvstore/template-source/1", {"kind": kind, "text": text, "system": system})
+def _source(kind: str, text: str, tokenizer: Any, system: str | None) -> str:
+    """BOS and EOS too: templates write them by name, and another choice of them leaves the vocabulary as it is."""
+    named = [str(getattr(tokenizer, name, None) or "") for name in ("bos_token", "eos_token")]
+    return digest("kvstore/template-source/1", {"kind": kind, "text": text, "system": system, "special": named})
+
+
+def _trimmed(system: str | None) -> str | None:
+    return clean_newlines(system or "").strip() or None
 
 
 def _chosen(kind: str | Path, tokenizer: Any) -> tuple[str, str]:
@@ -92,23 +101,29 @@ def _head(pieces: Sequence[Piece], encoder: TextEncoder) -> Part:
 
 
 def _check(record: TemplateRecord, encoder: TextEncoder) -> None:
-    """Segments stay what they are either way: ids are the truth. But where they differ from one-shot ids, say so once."""
+    """Ids are the truth, so segments stay what they are; but say so where tokenising at once gives others."""
     where = Renderer(record, encoder).difference(*_SAMPLE)
     if where is not None:
-        log.warning("template: tokenised in segments, a sample prompt differs from tokenising it at once, from token %d on", where)
+        log.warning(
+            "template: tokenised in segments, a sample prompt differs from tokenising it at once, from token %d on",
+            where,
+        )
 
 
 class Renderer:
     """Ids and text of heads, documents and questions under one template record.
 
-    Raises IncompatibleError where the record was made with another tokenizer. Text is trimmed: white space at the edge of a document
-    would change the ids of what stands beside it. Control tokens spelt in documents and questions come out as plain text.
+    Raises IncompatibleError where the record was made with another tokenizer. Text is trimmed: white space at the edge
+    of a document would change the ids of what stands beside it. Control tokens spelt in documents and questions come
+    out as plain text.
     """
 
     def __init__(self, record: TemplateRecord, encoder: TextEncoder):
         if record.tokenizer != encoder.digest:
-            raise IncompatibleError(f"tokenizer: the template was made with {record.tokenizer[:12]}, this is {encoder.digest[:12]}",
-                                    remedy="use the tokenizer that the store was built with, or build again")  # fmt: skip
+            raise IncompatibleError(
+                f"tokenizer: the template was made with {record.tokenizer[:12]}, this is {encoder.digest[:12]}",
+                remedy="use the tokenizer that the store was built with, or build again",
+            )
         self.record, self.encoder = record, encoder
 
     @property
@@ -144,7 +159,7 @@ class Renderer:
         return "".join(p.text for p in self._query_pieces(text))
 
     def prompt_text(self, documents: Sequence[str], query: str) -> str:
-        """The whole prompt as one string: what a server without stored segments would tokenise, adding no special tokens."""
+        """The whole prompt as one string, as a server without stored segments would tokenise it."""
         return self.record.head.text + "".join(map(self.document_text, documents)) + self.query_text(query)
 
     def difference(self, documents: Sequence[str], query: str) -> int | None:
@@ -159,8 +174,16 @@ class Renderer:
 
     def _document_pieces(self, text: str) -> list[Piece]:
         record = self.record
-        return [Piece(record.document_start.text, True), Piece(clean_newlines(text).strip(), False), Piece(record.document_end.text, True)]
+        return [
+            Piece(record.document_start.text, True),
+            Piece(clean_newlines(text).strip(), False),
+            Piece(record.document_end.text, True),
+        ]
 
     def _query_pieces(self, text: str) -> list[Piece]:
         record = self.record
-        return [Piece(record.query_start.text, True), Piece(clean_newlines(text).strip(), False), Piece(record.query_end.text, True)]
+        return [
+            Piece(record.query_start.text, True),
+            Piece(clean_newlines(text).strip(), False),
+            Piece(record.query_end.text, True),
+        ]

@@ -31,9 +31,10 @@ class _Run(NamedTuple):
 
 
 class TextEncoder:
-    """Token ids for one tokenizer of transformers (or a bare `tokenizers.Tokenizer`), independent of its padding, truncation and special-token state.
+    """Token ids for one tokenizer of transformers, or a bare `tokenizers.Tokenizer`, whatever its state of padding.
 
-    Ids of a text are those it has in the middle of a prompt: without the space that SentencePiece tokenizers put before a first word.
+    Ids of a text are those it has in the middle of a prompt: without the space that SentencePiece tokenizers put before
+    a first word.
     """
 
     def __init__(self, tokenizer: Any):
@@ -48,12 +49,15 @@ class TextEncoder:
 
     @property
     def digest(self) -> str:
-        """Which tokenizer this is: equal for one loaded from a folder, saved and loaded again. 64 hexadecimal digits."""
+        """Which tokenizer this is, as 64 hexadecimal digits: saving and loading it again does not change them."""
         return self._vocabulary.digest
 
     @cached_property
     def control_ids(self) -> frozenset[int]:
-        """Ids that no text yields: all added tokens but white space and the like. What cannot be spelt may become `<unk>`, if that is no BOS or EOS."""
+        """Ids that no text yields: all added tokens but white space and the like.
+
+        What a vocabulary cannot spell may become its `<unk>`, unless that is also BOS or EOS.
+        """
         return frozenset(set(self._spelt) - (self._vocabulary.allowed - {self.bos, self.eos}))
 
     @cached_property
@@ -71,7 +75,7 @@ class TextEncoder:
         return self._vocabulary.prefix != "never"
 
     def text(self, text: str) -> list[int]:
-        """Ids of untrusted text in the middle of a prompt. Raises InputError where it could only be spelt with a control token."""
+        """Ids of untrusted text inside a prompt. Raises InputError where only a control token could spell it."""
         return self.segment([Piece(text, False)], followed=False)
 
     def texts(self, texts: Sequence[str]) -> list[list[int]]:
@@ -89,7 +93,7 @@ class TextEncoder:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def segment(self, pieces: Iterable[Piece], *, start: bool = False, followed: bool = True) -> list[int]:
-        """Ids of neighbouring pieces, as they are in the whole prompt: plain text is tokenised across their borders, up to the next control token.
+        """Ids of neighbouring pieces as in the whole prompt: plain text is tokenised across their borders.
 
         `followed`: another segment comes behind, beginning with anything but white space.
         """
@@ -108,7 +112,7 @@ class TextEncoder:
         return [self._joined(row, self._plain_of(row, start, followed), wanted) for row in rows]
 
     def spans(self, text: str) -> Iterator[tuple[str, int | None]]:
-        """Trusted text cut at its control tokens: (text, None) or (literal, id). White space that a token swallows belongs to its literal."""
+        """Trusted text cut at its control tokens: (text, None) or (literal with the white space it swallows, id)."""
         at = 0
         for match in self._pattern.finditer(text) if self._spelt else ():
             if match.start() > at:
@@ -175,8 +179,11 @@ class TextEncoder:
         for text, ids in zip(texts, found, strict=True):
             if not self.control_ids.isdisjoint(ids):
                 names = sorted(self._spelt.get(i, str(i)) for i in self.control_ids.intersection(ids))
-                raise InputError(f"the tokenizer spells the control tokens {', '.join(names)} from the text {text[:60]!r}",
-                                 remedy="take them out of the text", code="control-token")  # fmt: skip
+                raise InputError(
+                    f"the tokenizer spells the control tokens {', '.join(names)} from the text {text[:60]!r}",
+                    remedy="take them out of the text",
+                    code="control-token",
+                )
         return found
 
 

@@ -55,7 +55,7 @@ def _encoding_problem(encoding: Encoding) -> str | None:
                         ("codec", [c.name for c in encoding.codecs])):  # fmt: skip
         if not names or len(set(names)) != len(names):
             return f"encoding has no {kind}, or one twice"
-    return next((p for p in map(lambda i: _tier_problem(encoding, i), range(len(encoding.tiers))) if p), None)
+    return next((p for p in (_tier_problem(encoding, i) for i in range(len(encoding.tiers))) if p), None)
 
 
 def _tier_problem(encoding: Encoding, at: int) -> str | None:
@@ -81,7 +81,7 @@ def _counts_problem(manifest: PackManifest) -> str | None:
 def _files_problem(manifest: PackManifest) -> str | None:
     expected = expected_files(manifest.encoding)
     if manifest.files.keys() != expected.keys():
-        return f"files are not those of its tiers: {sorted(manifest.files.keys() ^ expected.keys())[0]!r}"
+        return f"files are not those of its tiers: {min(manifest.files.keys() ^ expected.keys())!r}"
     for name, hashed in expected.items():
         entry = manifest.files[name]
         if not 0 < entry.bytes < 1 << 62 or (entry.sha256 is not None) is not hashed:

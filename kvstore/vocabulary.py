@@ -38,7 +38,7 @@ class Control:
 
 
 def state_digest(state: State) -> str:
-    """Of what decides the ids of a text: not of padding, truncation, the post-processor or the decoder, which change while a tokenizer is in use."""
+    """Of what decides a text's ids: not of padding, truncation or the post-processor, which change in use."""
     decisive = {name: state.get(name) for name in _DECIDES_IDS}
     return digest("kvstore/tokenizer/1", msgspec.json.encode(decisive, order="deterministic"))
 
@@ -46,7 +46,8 @@ def state_digest(state: State) -> str:
 def controls(state: State) -> dict[int, Control]:
     """Every added token but those that ordinary text must be able to produce, by id.
 
-    Ordinary are white space (`\\n\\n`, `▁▁`), bytes of a byte fallback, and single characters of the vocabulary (padding with `!`).
+    Ordinary are white space (`\\n\\n`, `▁▁`), bytes of a byte fallback, and single characters of the vocabulary
+    (padding with `!`).
     """
     found = {}
     for token in state["added_tokens"]:
@@ -76,9 +77,10 @@ def unknown_id(state: State) -> int | None:
 
 
 def without_controls(state: State, found: dict[int, Control]) -> State:
-    """The tokenizer with every control token renamed, in its added tokens, vocabulary and merges, to what no text can say.
+    """The tokenizer with each control token renamed, among added tokens and in the vocabulary, to what no text can say.
 
-    Renaming keeps all ids and scores; removing would shift the ids of added white space. The nonce is new in each process.
+    Renaming keeps all ids and scores; removing would shift the ids of added white space. The nonce is new in each
+    process.
     """
     nonce = secrets.token_hex(12)
     model = dict(state["model"])
@@ -94,8 +96,12 @@ def without_controls(state: State, found: dict[int, Control]) -> State:
         model["unk_token"] = renamed[model["unk_token"]]
     if "dropout" in model:  # a stored segment must have one spelling
         model["dropout"] = None
-    added = [t if t["id"] not in names else {**t, "content": names[t["id"]], "normalized": False, "lstrip": False, "rstrip": False}
-             for t in state["added_tokens"] if t["id"] in names or not _BYTE.fullmatch(t["content"])]  # fmt: skip
+    blank = {"normalized": False, "lstrip": False, "rstrip": False}
+    added = [
+        {**t, **blank, "content": names[t["id"]]} if t["id"] in names else t
+        for t in state["added_tokens"]
+        if t["id"] in names or not _BYTE.fullmatch(t["content"])
+    ]
     return {**state, "added_tokens": added, "model": model, "post_processor": None, "padding": None, "truncation": None}
 
 
@@ -106,13 +112,13 @@ def _spells(merge: str | list[str], renamed: dict[str, str], model: dict[str, An
 
 
 def prefix_rule(state: State) -> Prefix:
-    """Where the tokenizer puts a space of its own: nowhere, at the start of a text, or also after each control token."""
+    """Where the tokenizer puts a space of its own: nowhere, before the whole text, or also after each control token."""
     found = {_prefix_of(part) for part in _parts(state)}
     return "always" if "always" in found else "first" if "first" in found else "never"
 
 
 def without_prefix(state: State) -> State:
-    """The tokenizer without the space it puts before a text, so that a text in the middle of a prompt has the ids it has there."""
+    """The tokenizer without the space it puts before a text: for text in the middle of a prompt."""
     changed = {name: _unprefixed(state.get(name)) for name in ("normalizer", "pre_tokenizer")}
     return {**state, **changed}
 
@@ -142,7 +148,7 @@ def _unprefixed(part: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 class Vocabulary(Protocol):
-    """What the two kinds of tokenizer have in common once control tokens cannot be spelt. `allowed` are control ids that text may yield."""
+    """A tokenizer whose control tokens cannot be spelt. Text may yield those among them that are `allowed`."""
 
     @property
     def digest(self) -> str: ...
@@ -183,7 +189,7 @@ class FastVocabulary:
 
 
 class SlowVocabulary:
-    """A tokenizer written in Python: asked not to look for special tokens, and to encode after a newline where no space of its own is wanted."""
+    """A tokenizer written in Python: asked not to look for special tokens, and to encode after a newline if wanted."""
 
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer

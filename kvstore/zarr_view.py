@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import zarr
-from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, Store as ZarrStore, SuffixByteRequest
+from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, SuffixByteRequest
+from zarr.abc.store import Store as ZarrStore
 from zarr.core.buffer import Buffer, BufferPrototype
 
+from kvstore.arrays import NAN_BITS, UINT, array_metadata
 from kvstore.codecs import get_codec
 from kvstore.errors import NotFoundError
 from kvstore.manifest import zarr_group
 from kvstore.pack import Pack
-from kvstore.arrays import NAN_BITS, UINT, array_metadata
 from kvstore.store import Store, tier_chain
 
 if TYPE_CHECKING:
@@ -65,8 +66,11 @@ class TierStore(ZarrStore):
         data_type, fill = (UINT[layout.dtype], NAN_BITS[layout.dtype]) if exact else ("float32", "NaN")
         chunk = [encoding.group_layers, 2, encoding.block_tokens, layout.channels]
         shape = [layout.layers, 2, pack.manifest.slots, layout.channels]
-        return bytes(array_metadata(data_type, shape, chunk, fill, ["layer", "kv", "token", "channel"],
-                                    [{"name": "bytes", "configuration": {"endian": "little"}}]))
+        return bytes(
+            array_metadata(
+                data_type, shape, chunk, fill, ["layer", "kv", "token", "channel"], [{"name": "bytes", "configuration": {"endian": "little"}}]
+            )
+        )
 
     def _chunk(self, pack: Pack, key: str) -> bytes | None:
         try:

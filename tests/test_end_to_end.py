@@ -14,7 +14,7 @@ from kvstore import Document
 from kvstore.errors import IncompatibleError, InputError, NotFoundError
 
 TEXTS = {
-    "tower.md": "The silver tower stands at the end of the harbour road. The access code of the silver tower is 4821. Nobody has lived there for years.",
+    "tower.md": "The silver tower stands at the end of the harbour road. The access code of the silver tower is 4821. Nobody lives there.",
     "lantern.md": "An old lantern hangs by the door of the inn. The keeper of the old lantern is Mercer. He lights it when the fog comes in.",
     "garden.md": "Behind the house lies a garden with a wall of grey stone. The colour of the quiet garden is crimson in the autumn.",
 }
@@ -88,8 +88,9 @@ def test_scalar_tiers_stay_close(store: kvstore.OpenStore, bundled_model: Any, t
 
 def test_the_answer_is_right_and_generating_twice_gives_the_same(store: kvstore.OpenStore, bundled_model: Any, bundled_tokenizer: Any) -> None:
     prompt = store.compose(["tower.md"], QUERY)
-    runs = [bundled_model.generate(**prompt.inputs, max_new_tokens=6, do_sample=False, output_logits=True, return_dict_in_generate=True)
-            for _ in range(2)]
+    runs = [
+        bundled_model.generate(**prompt.inputs, max_new_tokens=6, do_sample=False, output_logits=True, return_dict_in_generate=True) for _ in range(2)
+    ]
     assert all(torch.equal(a, b) for a, b in zip(runs[0].logits, runs[1].logits, strict=True))
     answer = bundled_tokenizer.decode(runs[0].sequences[0, prompt.input_ids.shape[1] :])
     assert answer.startswith(" 4821.")
@@ -102,7 +103,9 @@ def test_static_cache_gives_the_same_tokens(store: kvstore.OpenStore, bundled_mo
     assert torch.equal(a, b)
 
 
-def test_blocks_serve_several_documents_and_say_that_they_are_approximate(store: kvstore.OpenStore, bundled_model: Any, bundled_tokenizer: Any) -> None:
+def test_blocks_serve_several_documents_and_say_that_they_are_approximate(
+    store: kvstore.OpenStore, bundled_model: Any, bundled_tokenizer: Any
+) -> None:
     prompt = store.compose(["lantern.md", "tower.md", "garden.md"], QUERY, reuse="blocks")
     actions = [(d.action, d.context) for d in prompt.receipt.documents]
     assert actions == [("reused", "same prefix"), ("reused", "same prefix"), ("moved", "approximate"), ("moved", "approximate")]
@@ -135,8 +138,9 @@ def test_collate_answers_each_row_as_alone(store: kvstore.OpenStore, bundled_mod
     cached = batch["past_key_values"].get_seq_length()
     positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)[:, cached:]
     with torch.inference_mode():
-        together = bundled_model(batch["input_ids"][:, cached:], attention_mask=batch["attention_mask"], position_ids=positions,
-                                 past_key_values=batch["past_key_values"]).logits[:, -1]
+        together = bundled_model(
+            batch["input_ids"][:, cached:], attention_mask=batch["attention_mask"], position_ids=positions, past_key_values=batch["past_key_values"]
+        ).logits[:, -1]
     for row, prompt in zip(together, prompts, strict=True):
         assert kl(stored_logits(bundled_model, prompt)[:, -1], row[None]) < 2e-3
 
@@ -212,7 +216,9 @@ def test_building_again_writes_nothing_and_an_edit_compiles_one(tmp_path: Path, 
 
 
 def test_system_prompt_is_compiled_once_as_parent_of_all(tmp_path: Path, bundled_model: Any, bundled_tokenizer: Any) -> None:
-    report = kvstore.build(documents(), tmp_path / "s", bundled_model, bundled_tokenizer, system="You answer from the text.", codec="raw", regime="both")
+    report = kvstore.build(
+        documents(), tmp_path / "s", bundled_model, bundled_tokenizer, system="You answer from the text.", codec="raw", regime="both"
+    )
     assert report.segments == 1 + 2 * len(TEXTS)
     store = kvstore.open(tmp_path / "s", bundled_model, bundled_tokenizer)
     prompt = store.compose(["tower.md"], QUERY)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any
 
 import torch
@@ -10,6 +11,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import Cache
 
+from kvstore.families.measure import require_layout
+from kvstore.manifest import Layout
+
+torch.set_num_threads(1)  # at this size threads only get in each other's way: 20 times slower on busy machines
 VOCAB, WINDOW = 160, 16
 BASE: dict[str, Any] = {
     "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -18,8 +23,8 @@ BASE: dict[str, Any] = {
 }  # fmt: skip
 MLA = {
     "num_key_value_heads": 4, "head_dim": ..., "kv_lora_rank": 24, "q_lora_rank": 32, "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 16, "v_head_dim": 12, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
-    "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
+    "qk_nope_head_dim": 16, "v_head_dim": 12, "n_routed_experts": 4, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
 }  # fmt: skip
 NEXT = {
     "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
@@ -61,7 +66,11 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "gemma2": ("gemma2", {"sliding_window": WINDOW, "query_pre_attn_scalar": 16}, "sliding_attention"),
     "gemma3": (
         "gemma3_text",
-        {"sliding_window": WINDOW, "query_pre_attn_scalar": 16, "layer_types": ["sliding_attention"] * 2 + ["full_attention"]},
+        {
+            "sliding_window": WINDOW,
+            "query_pre_attn_scalar": 16,
+            "layer_types": ["sliding_attention"] * 2 + ["full_attention"],
+        },
         "sliding_attention",
     ),
     "deepseek_v2": ("deepseek_v2", {**MLA, "topk_method": "greedy"}, r"keys are \[1, 24\] and values \[1, 8\]"),
@@ -96,6 +105,13 @@ def enliven(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
+@cache
+def measured(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Layout]:
+    """A supported model and its layout, made once a test process: tests leave it as it is."""
+    model = make(*SUPPORTED[name], dtype=dtype)
+    return model, require_layout(model)
+
+
 def supported(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     return make(*SUPPORTED[name], dtype=dtype)
 
@@ -117,6 +133,9 @@ def _twirl_one(x: torch.Tensor, phase: torch.Tensor) -> torch.Tensor:
     return torch.cat([rest, torch.stack([a * c - b * s, b * c + a * s], -1).flatten(-2)], -1)
 
 
+SPEEDS = (0.9, 0.31, 0.05, 0.004)
+
+
 class OddAttention(nn.Module):
     """Attention with a rotary of its own: function, place, layout and frequencies are nobody else's."""
 
@@ -127,7 +146,7 @@ class OddAttention(nn.Module):
         self.q = nn.Linear(config.hidden_size, self.heads * self.head_dim)
         self.kv = nn.Linear(config.hidden_size, 2 * self.kv_heads * self.head_dim)
         self.o = nn.Linear(self.heads * self.head_dim, config.hidden_size)
-        self.set_speeds(torch.tensor([0.9, 0.31, 0.05, 0.004]))
+        self.set_speeds(torch.tensor(SPEEDS))
 
     def set_speeds(self, speeds: torch.Tensor) -> None:
         self.register_buffer("wobble", speeds, persistent=False)
@@ -171,6 +190,23 @@ class Stretching(OddAttention):
     def turn(self, q: torch.Tensor, k: torch.Tensor, phase: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         q, k = twirl(q, k, phase)
         return q, k * (1.0 + phase[:, None, :, -1:]).to(k.dtype)
+
+
+class Broken(OddAttention):
+    """Cannot run here."""
+
+    def turn(self, q: torch.Tensor, k: torch.Tensor, phase: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        raise RuntimeError("no such kernel")
+
+
+class Drifting(OddAttention):
+    """Rewrites its frequencies by the length of the prompt, in place and by a new buffer, under a name of its own."""
+
+    def phase(self, position_ids: torch.Tensor) -> torch.Tensor:
+        if int(position_ids.max()) > 100:
+            self.wobble.mul_(0.5)
+            self.register_buffer("wobble", self.wobble.clone(), persistent=False)
+        return super().phase(position_ids)
 
 
 class Hidden(OddAttention):

@@ -41,9 +41,9 @@ def questions() -> list[Question]:
 def english_topics() -> list[tuple[str, str]]:
     """(name, text) of the help topics that every Python carries (`pydoc_data.topics`), sorted by name.
 
-    Real English prose of a few hundred kilobytes, for measuring on more than the sample corpus. Texts differ between Python versions.
+    Real English of a few hundred kilobytes, to measure on more than the sample corpus. Other Pythons, other texts.
     """
     from pydoc_data.topics import topics
 
-    # Some Pythons leave three blank lines and trailing spaces behind their reST; only whitespace is touched.
+    # Their reST leaves runs of blank lines behind; only whitespace is touched.
     return [(name, re.sub(r"\n{3,}", "\n\n", topics[name]).strip() + "\n") for name in sorted(topics)]

@@ -79,8 +79,8 @@ class Header:
     def shape(self) -> tuple[int, int, int, int]:
         return (self.layers, 2, self.tokens, self.channels)
 
-    def words(self) -> Words:
-        return np.array([self.tokens, self.layers | self.level << 16, self.channels], np.uint32)
+    def bytes(self) -> bytes:
+        return np.array([self.tokens, self.layers | self.level << 16, self.channels], "<u4").tobytes()
 
 
 def words_of(record: Record) -> Words:

@@ -36,3 +36,9 @@ def inlined(function: Function) -> Function:
     """A helper of compiled functions, part of their code."""
     wrapped: Function = numba.njit(forceinline=True, nogil=True, error_model="numpy", boundscheck=False)(function)
     return wrapped
+
+
+def helper(function: Function) -> Function:
+    """A function that compiled functions call."""
+    wrapped: Function = numba.njit(nogil=True, error_model="numpy", boundscheck=False)(function)
+    return wrapped

@@ -17,7 +17,7 @@ class RawCodec(Codec):
 
     def encode(self, bits: Array, dtype: str) -> list[bytes]:
         header = check_bits(bits, dtype)
-        return [to_record(header.words().astype("<u4"), bits.astype(bits.dtype.newbyteorder("<"), copy=False))]
+        return [to_record(header.bytes(), bits.astype(bits.dtype.newbyteorder("<"), copy=False))]
 
     def decode(self, records: Sequence[Record], out: Array) -> None:
         expect(records, out, self.n_tiers)

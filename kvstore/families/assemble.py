@@ -30,9 +30,10 @@ def dynamic_cache(config: Any, layers: Sequence[KeysValues]) -> DynamicCache:
 
 
 def static_cache(config: Any, layers: Sequence[KeysValues], max_length: int) -> StaticCache:
-    """A StaticCache for `max_length` tokens that begins with `layers` of (keys, values), [batch, kv_heads, T, head_dim].
+    """A StaticCache for `max_length` tokens, beginning with `layers` of (keys, values), [batch, kv_heads, T, head_dim].
 
-    Each tensor is copied once, into the preallocated buffer; `static_slots` spares that too. Raises InputError where T > max_length.
+    Each tensor is copied once, into the preallocated buffer; `static_slots` spares that too.
+    Raises InputError where T > max_length, IncompatibleError as `dynamic_cache` does.
     """
     cache, slots = static_slots(config, layers, max_length)
     for (keys, values), (key_slot, value_slot) in zip(layers, slots, strict=True):
@@ -42,9 +43,9 @@ def static_cache(config: Any, layers: Sequence[KeysValues], max_length: int) -> 
 
 
 def static_slots(config: Any, like: Sequence[KeysValues], max_length: int) -> tuple[StaticCache, list[KeysValues]]:
-    """An allocated StaticCache that counts the T tokens of `like` as present, and per layer the views to write them into.
+    """An allocated StaticCache that counts the T tokens of `like` as present, and per layer the views to write into.
 
-    `like` gives shapes, dtypes and devices only (`torch.empty(0).expand` will do). Views: [batch, kv_heads, T, head_dim].
+    `like` gives shapes, dtypes and devices only, its content is not read. Views: [batch, kv_heads, T, head_dim].
     """
     length = max((keys.shape[-2] for keys, _ in like), default=0)
     if length > max_length:

@@ -18,15 +18,13 @@ from kvstore.families.rope import Angles, cos_sin, residual, rotate, tolerance, 
 from kvstore.manifest import Layout, RopeRecord
 
 
-def prefill(
-    model: nn.Module, layout: Layout, ids: Sequence[int], past: Cache | None = None
-) -> tuple[list[tuple[Tensor, Tensor]], Cache]:
+def prefill(model: nn.Module, layout: Layout, ids: Sequence[int], past: Cache | None = None) -> tuple[list[tuple[Tensor, Tensor]], Cache]:
     """Run `ids` (one sequence) after `past`; positions continue after it.
 
-    Returns per layer (keys before RoPE, values) of the new tokens, [kv_heads, T, head_dim] in the model's dtype on the layer's
-    device (views in token-major memory, as the projections wrote them), and the cache of past and new tokens, ready to go on
-    with. `past` is left as it was. Without gradients, without dropout, without the vocabulary projection.
-    Raises InputError for no ids, IncompatibleError where a layer's keys cannot be found although `layout` was measured as hooked.
+    Returns per layer (keys before RoPE, values) of the new tokens, [kv_heads, T, head_dim] in the model's dtype on the
+    layer's device (usually views of token-major memory, as the projections wrote it), and the cache of past and new
+    tokens, ready to go on with. `past` (a DynamicCache) is left as it was. No gradients, no dropout, no LM head.
+    Raises InputError for no ids, IncompatibleError where a layer's keys are not found although `layout` says hooked.
     """
     if len(ids) == 0:
         raise InputError("no token ids to prefill")
@@ -85,18 +83,19 @@ class Collector:
         angles = self.last.get(rope)
         if angles is None or angles.cos.device != keys.device:
             angles = self.last[rope] = cos_sin(here, record, keys.dtype, keys.device)
-        want, best = keys[:, -1:], (tolerance(keys.dtype, int(here)), None)
+        want, limit = keys[:, -1:], tolerance(keys.dtype, int(here))
+        closest: tuple[float, Tensor | None] = (limit, None)
         for view in views(seen, keys, record):
             got = rotate(complete(view[:, -1:], want, record), here, record, angles=angles)
             if torch.equal(got, want):
                 return complete(view, keys, record)
-            best = min(best, (residual(got, want), view), key=lambda pair: pair[0])
-        if best[1] is None:
+            closest = min(closest, (residual(got, want), view), key=lambda pair: pair[0])
+        if closest[1] is None:
             raise IncompatibleError(
                 f"layer {layer}: none of {len(seen)} tensors becomes the cached keys when rotated",
                 remedy="measure the model again: its layout says that keys before RoPE can be seen",
             )
-        return complete(best[1], keys, record)
+        return complete(closest[1], keys, record)
 
     def layers(self) -> list[tuple[Tensor, Tensor]]:
         missing = [i for i in range(self.layout.layers) if i not in self.taken]

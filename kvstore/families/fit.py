@@ -1,4 +1,4 @@
-"""Which rotation explains how cached keys move with their position: tables that the model holds, else one fitted to the data."""
+"""Which rotation explains how cached keys move with their position: by tables that the model holds, else by a fit."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Fit:
-    """One hypothesis and its residual. `table` is None where the frequencies were fitted. Scaling and arithmetic are not known here."""
+    """One hypothesis and its residual; `table` None: frequencies were fitted. Scaling and arithmetic are still open."""
 
     record: RopeRecord
     table: str | None
@@ -42,7 +42,7 @@ class Fit:
 
 
 def tables(model: nn.Module, head_dim: int) -> list[Table]:
-    """The model's 1-D float buffers that could be frequencies for heads of `head_dim`, found by shape, equal ones once."""
+    """The model's 1-D float buffers that could be frequencies for heads of `head_dim`, by shape; equal ones once."""
     found: dict[bytes, Table] = {}
     for name, buffer in model.named_buffers():
         values = buffer.detach().squeeze()
@@ -61,14 +61,18 @@ def moved(a: Tensor, b: Tensor) -> float:
 def fit_rotation(keys_at: KeysAt, known: list[Table], offsets: list[int], dtype: torch.dtype) -> Fit | None:
     """The best rotation for one layer, by the residual of keys turned back from `offsets` against position 0.
 
-    Tables of the model come first; only where none explains the keys are frequencies fitted. None where nothing can be tried.
+    Tables of the model come first; frequencies are fitted only where none explains the keys. None: nothing to try.
     """
-    width = keys_at(0).shape[-1]
-    fits = [check(keys_at, offsets, record, name) for record, name in _from_tables(known, width)]
-    best = min(fits, key=lambda fit: fit.residual, default=None)
-    if best is None or best.residual > tolerance(dtype, offsets[-1]):
-        best = min([f for f in (best, fit_frequencies(keys_at, offsets[-1], dtype)) if f], key=lambda f: f.residual, default=None)
-    return best
+    fits = [check(keys_at, offsets, *placed) for placed in _from_tables(known, keys_at(0).shape[-1])]
+    best = min(fits, key=_residual, default=None)
+    if best is not None and best.residual <= tolerance(dtype, offsets[-1]):
+        return best
+    fitted = fit_frequencies(keys_at, offsets, dtype)
+    return min((fit for fit in (best, fitted) if fit is not None), key=_residual, default=None)
+
+
+def _residual(fit: Fit) -> float:
+    return fit.residual
 
 
 def check(keys_at: KeysAt, offsets: list[int], record: RopeRecord, table: str | None) -> Fit:
@@ -102,24 +106,30 @@ def make_record(start: int, layout: HalfOrInterleaved, inv_freq: Tensor) -> Rope
     return RopeRecord(start, 2 * data.size, layout, data.tobytes().hex(), 1.0, "float32", "unnamed")
 
 
-def fit_frequencies(keys_at: KeysAt, furthest: int, dtype: torch.dtype) -> Fit | None:
-    """Frequencies measured from how the keys turn, for every slice at the start or the end that covers the channels that move.
+def fit_frequencies(keys_at: KeysAt, offsets: list[int], dtype: torch.dtype) -> Fit | None:
+    """Frequencies measured from how the keys turn, for every slice at either end that covers the channels that move.
 
-    Each pair's angle per token is read at position 1 and sharpened at positions growing 32-fold, where the rough value tells
-    the number of whole turns. Of slices that explain the keys, the narrowest.
+    Each pair's angle per token is read at position 1 and sharpened at positions growing 32-fold, where the value so far
+    tells the number of whole turns. All of `offsets` must agree. Of slices that explain the keys, the narrowest.
     """
-    offsets = growing(furthest)
+    steps = growing(offsets[-1])
+    fits = []
+    for start, dim in _spans(keys_at, steps, dtype):
+        for layout in LAYOUTS:
+            record = make_record(start, layout, _frequencies(keys_at, steps, start, dim, layout))
+            fits.append(check(keys_at, sorted({*steps, *offsets}), record, None))
+    good = [fit for fit in fits if fit.residual <= tolerance(dtype, offsets[-1])]
+    if good:
+        return min(good, key=lambda fit: (fit.record.dim, fit.residual))
+    return min(fits, key=_residual, default=None)
+
+
+def _spans(keys_at: KeysAt, offsets: list[int], dtype: torch.dtype) -> list[tuple[int, int]]:
+    """(start, dim) of the slices at the start and at the end of the head that hold every channel that moves."""
     lowest, highest = _moving_channels(keys_at, offsets, dtype)
     width = keys_at(0).shape[-1]
     spans = [(0, dim) for dim in range(2, width + 1, 2) if dim >= highest]
-    spans += [(width - dim, dim) for dim in range(2, width, 2) if width - dim <= lowest]
-    fits = []
-    for start, dim in spans:
-        for layout in LAYOUTS:
-            inv_freq = _frequencies(keys_at, offsets, start, dim, layout)
-            fits.append(check(keys_at, offsets, make_record(start, layout, inv_freq), None))
-    limit = tolerance(dtype, furthest)
-    return min(fits, key=lambda f: (f.residual > limit, f.record.dim if f.residual <= limit else 0, f.residual), default=None)
+    return spans + [(width - dim, dim) for dim in range(2, width, 2) if width - dim <= lowest]
 
 
 def growing(furthest: int) -> list[int]:

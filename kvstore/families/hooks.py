@@ -1,7 +1,8 @@
 """Watching one forward pass: what an attention layer hands to its cache, and what it handed to functions before that.
 
-Attention layers call a module-level function of their own file (`apply_rotary_pos_emb` in most) with the keys before RoPE. Those
-functions are looked up by name at each call, so replacing them in their module shows every layer's keys without touching the model.
+Attention layers call a module-level function of their own file (`apply_rotary_pos_emb` in most) with the keys before
+RoPE. Such functions are looked up by name at each call, so replacing them in their module shows every layer's keys
+without touching the model.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ _patching = threading.RLock()  # a module's functions are process-wide: one watc
 
 @contextmanager
 def watched(model: nn.Module, cache: Cache, on_update: OnUpdate, *, functions: bool = True) -> Iterator[None]:
-    """Within, each `cache.update` of this thread calls on_update(layer, new keys, new values, seen) before the cache takes them.
+    """Within, each `cache.update` calls on_update(layer, new keys, new values, seen) before the cache takes them.
 
-    keys, values: [B, kv_heads, T, head_dim]. `seen`: the floating-point tensors that functions of the attention's module were
-    given since the update before, oldest first. With functions=False nothing outside `cache` is touched and `seen` is empty.
+    keys, values: [B, kv_heads, T, head_dim]. `seen`: the floating-point tensors that this thread gave to functions of
+    the attention's module since the update before, oldest first. With functions=False it is empty, and nothing outside
+    `cache` is touched.
     """
     seen: list[Tensor] = []
     with _patching if functions else _nothing(), _updates(cache, on_update, seen):

@@ -12,7 +12,7 @@ from torch import nn
 
 from kvstore.errors import IncompatibleError
 from kvstore.families.fit import Fit, Table, fit_rotation, moved, tables
-from kvstore.families.probe import PROBE_TOKENS, Seen, Singles, furthest_position, probe_ids, untouched, watch
+from kvstore.families.probe import PROBE_TOKENS, Singles, furthest_position, probe_ids, untouched, watch
 from kvstore.families.prove import Proof, nearby_floats, prove
 from kvstore.families.refuse import cache_problems, config_problems, listed, new_cache, rope_kinds, text_config
 from kvstore.families.rope import tolerance
@@ -23,7 +23,8 @@ from kvstore.manifest import Layout, RopeRecord, ValueDtype
 class Inspection:
     """`layout` where the model is supported, else `problems`: what was found and what was expected, one line each.
 
-    `measurements` (plain values): cache_classes, offsets, tolerance, keys, values, dtype, layers (one dict each) and ropes.
+    `measurements` (plain values, as far as it came): cache_classes, offsets, keys and values ([kv_heads, head_dim]),
+    dtype, values_move, tolerance, tables, layers (a dict each), capture, ropes (a dict each).
     """
 
     layout: Layout | None = None
@@ -45,7 +46,7 @@ def require_layout(model: nn.Module) -> Layout:
 def inspect_model(model: nn.Module) -> Inspection:
     """Measure how `model` (a causal language model of transformers, any device and dtype) caches and rotates.
 
-    About six passes over 16 single tokens and two over 64; the model's mode, buffers and gradients are left as they were.
+    Four to eight passes over 16 single tokens and two over 64. The model's mode and buffers are left as they were.
     """
     found = Inspection(problems=config_problems(model))
     if text_config(model) is None:
@@ -77,7 +78,7 @@ def _measure(model: nn.Module, found: Inspection) -> None:
         return
     fits = _fit_layers(model, singles, offsets, found)
     if not found.problems:
-        found.layout = _layout(model, singles, fits, far, found)
+        found.layout = _layout(model, fits, far, found)
 
 
 def _check_shapes(singles: Singles, found: Inspection) -> None:
@@ -98,7 +99,7 @@ def _check_shapes(singles: Singles, found: Inspection) -> None:
 
 
 def _check_values(singles: Singles, offsets: Sequence[int], found: Inspection) -> None:
-    """A token alone has the same values at every position, unless they are rotated or positions are added to the input."""
+    """A token alone has the same values at every position, unless they are rotated or positions enter elsewhere."""
     count, dtype = len(singles.cache(0).layers), singles.values(0, 0).dtype
     moves = [max(moved(singles.values(i, 0), singles.values(i, d)) for d in offsets) for i in range(count)]
     found.measurements["values_move"] = max(moves)
@@ -118,7 +119,7 @@ def _fit_layers(model: nn.Module, singles: Singles, offsets: list[int], found: I
         fits.append(_fit_layer(singles, layer, known, offsets, found))
     bad = [i for i, row in enumerate(found.measurements["layers"]) if row["residual"] > limit]
     if bad:
-        found.problems.append(_unexplained(singles, bad, fits[bad[0]], offsets, found))
+        found.problems.append(_unexplained(singles, bad, fits[bad[0]], offsets[-1], limit))
     elif not any(fits):
         found.problems.append("no layer's keys move with position_ids; expected RoPE (ALiBi and learned positions are not handled)")
     return fits
@@ -139,24 +140,25 @@ def _fit_layer(singles: Singles, layer: int, known: list[Table], offsets: list[i
         row |= {"rotated": "keys", "residual": move}
         return None
     if fit.table is None and fit.residual <= tolerance(dtype, offsets[-1]):
-        known.append(Table("fitted", torch.from_numpy(fit.record.frequencies().copy())))  # the next layers probably share it
+        # the next layers probably share it, and a table fitted twice would differ in the last bits
+        known.append(Table("fitted", torch.from_numpy(fit.record.frequencies().copy())))
     record = fit.record
     row |= {"rotated": "keys", "start": record.start, "dim": record.dim, "layout": record.layout}
     row |= {"table": fit.table or "fitted", "residual": fit.residual}
     return fit
 
 
-def _unexplained(singles: Singles, bad: list[int], fit: Fit | None, offsets: list[int], found: Inspection) -> str:
-    layer, limit = bad[0], found.measurements["tolerance"]
+def _unexplained(singles: Singles, bad: list[int], fit: Fit | None, far: int, limit: float) -> str:
+    layer = bad[0]
     best = fit.describe() if fit is not None else "none could be tried"
-    grown = float(singles.keys(layer, offsets[-1]).float().norm() / singles.keys(layer, 0).float().norm())
+    grown = float(singles.keys(layer, far).float().norm() / singles.keys(layer, 0).float().norm())
     return (
-        f"{listed(bad)}: keys move with position and no rotation explains it. Best for layer {layer}: {best}, accepted up to "
-        f"{limit:.2g}; from position 0 to {offsets[-1]} the keys' norm changes by a factor {grown:.4g}, expected 1"
+        f"{listed(bad)}: keys move with position and no rotation explains it. Best for layer {layer}: {best}, expected "
+        f"at most {limit:.2g}; the keys' norm at position {far} is {grown:.4g} times that at 0, expected 1"
     )
 
 
-def _layout(model: nn.Module, singles: Singles, fits: list[Fit | None], far: int, found: Inspection) -> Layout:
+def _layout(model: nn.Module, fits: list[Fit | None], far: int, found: Inspection) -> Layout:
     """Group layers by rotation, prove that their keys can be seen before it, and put the layout together."""
     heads, width = found.measurements["keys"]
     named = [None if f is None else msgspec.structs.replace(f.record, kind=_kind(model, f, i)) for i, f in enumerate(fits)]
@@ -164,9 +166,9 @@ def _layout(model: nn.Module, singles: Singles, fits: list[Fit | None], far: int
     rope_of = tuple(None if r is None else records.index(r) for r in named)
     sources = {rope_of[i]: f.table for i, f in enumerate(fits) if f is not None}
     samples = [s for start in (0, far + 1 - PROBE_TOKENS) for s in watch(model, probe_ids(model), start)]
-    proofs = [_prove(model, r, [s for s in samples if rope_of[s.layer] == i], sources[i]) for i, r in enumerate(records)]
+    proofs = [prove(record, [s for s in samples if rope_of[s.layer] == i], nearby_floats(model, sources[i])) for i, record in enumerate(records)]
     hooked = all(proof is not None for proof in proofs)
-    ropes = [p.record if p and hooked else _unproved(model, r, sources[i]) for i, (p, r) in enumerate(zip(proofs, records))]
+    ropes = [p.record for p in proofs if p] if hooked else [_unproved(model, r, sources[i]) for i, r in enumerate(records)]
     found.measurements["capture"] = "hooked" if hooked else "unrotated"
     found.measurements["ropes"] = [_row(r, p if hooked else None) for r, p in zip(ropes, proofs, strict=True)]
     return Layout(
@@ -175,12 +177,8 @@ def _layout(model: nn.Module, singles: Singles, fits: list[Fit | None], far: int
     )  # fmt: skip
 
 
-def _prove(model: nn.Module, record: RopeRecord, samples: list[Seen], table: str | None) -> Proof | None:
-    return prove(record, samples, nearby_floats(model, table))
-
-
 def _unproved(model: nn.Module, record: RopeRecord, table: str | None) -> RopeRecord:
-    """Where keys are computed back from the cache, the scaling cannot be measured: it is read beside the table, else 1."""
+    """Where keys are computed back from the cache, scaling cannot be measured: it is read beside the table, else 1."""
     owner, _, name = (table or "").rpartition(".")
     scaling = getattr(model.get_submodule(owner), name.replace("inv_freq", "attention_scaling"), 1.0) if table else 1.0
     return msgspec.structs.replace(record, scaling=scaling if isinstance(scaling, float) else 1.0, arithmetic="float32")
@@ -203,5 +201,5 @@ def _kind(model: nn.Module, fit: Fit, layer: int) -> str:
 
 
 def still(dtype: torch.dtype) -> float:
-    """Relative change below which a tensor counts as not moving: an alone token's is zero but for the hardware's whims."""
+    """Relative change below which a tensor counts as not moving; a token alone shows none on most hardware."""
     return max(torch.finfo(dtype).eps, 1e-6)

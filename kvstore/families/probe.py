@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,19 +24,17 @@ UNKNOWN_CONTEXT = 2048  # furthest probe position of a model that does not say i
 
 def probe_ids(model: nn.Module, count: int = PROBE_TOKENS) -> tuple[int, ...]:
     """`count` fixed ids spread over the vocabulary, none of them a special token that the config names."""
-    size = model.get_input_embeddings().weight.shape[0]
+    size = int(model.get_input_embeddings().weight.shape[0])
     size = min(size, getattr(text_config(model), "vocab_size", size))
-    special = _special_ids(model)
-    usual = [i for i in range(size) if i not in special] if size < 4 * count else None
-    if usual is not None:
-        return tuple(usual[(7 * i) % len(usual)] for i in range(count)) if usual else (0,) * count
-    picked, i = [], 0
-    while len(picked) < count:
-        candidate = (size // 7 + i * (size // count | 1)) % size
-        i += 1
-        if candidate not in special:
-            picked.append(candidate)
-    return tuple(picked)
+    special, step = _special_ids(model), _coprime(size)
+    usual = (i for i in ((size // 7 + n * step) % size for n in range(size)) if i not in special)
+    picked = tuple(itertools.islice(usual, count))
+    return (picked * count)[:count] if picked else (0,) * count
+
+
+def _coprime(size: int) -> int:
+    """A step that visits every id before it meets one again."""
+    return next(step for step in range(max(1, size * 38 // 100), 2 * size) if math.gcd(step, size) == 1)
 
 
 def _special_ids(model: nn.Module) -> set[int]:
@@ -54,7 +54,7 @@ def furthest_position(model: nn.Module) -> int:
 
 @dataclass(frozen=True)
 class Seen:
-    """One layer of a watched pass: its new keys [1, kv_heads, T, head_dim], their positions, and the tensors that might be these before RoPE."""
+    """One layer of a watched pass: its keys [1, kv_heads, T, head_dim], and tensors that might be these before RoPE."""
 
     layer: int
     positions: Tensor
@@ -105,7 +105,7 @@ class Singles:
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Puts back buffers and plain attributes of modules that hold buffers: length-dependent RoPE rewrites its own in a pass."""
+    """Puts back buffers, and plain attributes of modules that hold some: length-dependent RoPE rewrites its own."""
     saved = [(m, dict(m._buffers), _plain(m), _copies(m)) for m in model.modules() if m._buffers]
     try:
         yield

@@ -22,7 +22,7 @@ ARITHMETICS: tuple[Arithmetic, ...] = ("model", "float32")
 
 @dataclass(frozen=True)
 class Proof:
-    """`record` with scaling and arithmetic filled in. `residual`: of the worst layer; `exact`: every layer equal bit for bit."""
+    """`record` with scaling and arithmetic. `residual`: the worst layer's; `exact`: every layer equal bit for bit."""
 
     record: RopeRecord
     residual: float
@@ -32,8 +32,8 @@ class Proof:
 def prove(record: RopeRecord, samples: Sequence[Seen], scalings: Sequence[float]) -> Proof | None:
     """The scaling and arithmetic that turn tensors seen into the cached keys, over all layers of one rope.
 
-    `scalings`: numbers to try beside the measured one. None where rounding does not explain what remains: then nothing that
-    the layers gave to functions is their keys before RoPE.
+    `scalings`: numbers that may be the measured one exactly. None where rounding does not explain what remains: then
+    nothing that the layers gave to functions is their keys before RoPE.
     """
     proofs = [_score(record, samples, scaling, a) for scaling in _scalings(record, samples, scalings) for a in ARITHMETICS]
     best = min(proofs, key=lambda p: (not p.exact, p.residual), default=None)
@@ -87,11 +87,13 @@ def _scalings(record: RopeRecord, samples: Sequence[Seen], known: Sequence[float
 
 
 def _measured(record: RopeRecord, sample: Seen) -> float | None:
-    """Norm of the cached keys' rotated channels over that of the best tensor seen, which is the scaling of cos and sin."""
-    span, best = slice(record.start, record.start + record.dim), (float("inf"), None)
+    """Norm of the cached keys' rotated channels over that of the best tensor seen: the scaling of cos and sin."""
+    span, closest, scaling = slice(record.start, record.start + record.dim), float("inf"), None
     for whole in _wholes(record, sample):
         norm = float(whole[..., span].float().norm())
         ratio = float(sample.keys[0][..., span].float().norm()) / norm if norm else 0.0
         wide = msgspec.structs.replace(record, scaling=ratio, arithmetic="float32")
-        best = min(best, (residual(rotate(whole.float(), sample.positions, wide), sample.keys[0]), ratio), key=lambda b: b[0])
-    return best[1]
+        error = residual(rotate(whole.float(), sample.positions, wide), sample.keys[0])
+        if error < closest:
+            closest, scaling = error, ratio
+    return scaling

@@ -8,7 +8,11 @@ from torch import nn
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
-LENGTH_DEPENDENT = ("dynamic", "longrope", "su")  # frequencies follow the length of the prompt, so no prefix can be reused
+LENGTH_DEPENDENT = (
+    "dynamic",
+    "longrope",
+    "su",
+)  # frequencies follow the length of the prompt, so no prefix can be reused
 KNOWN_LAYERS = {
     "DynamicSlidingWindowLayer": "keeps a sliding window only",
     "DynamicIndexedLayer": "keeps an index beside keys and values",
@@ -21,7 +25,7 @@ KNOWN_LAYERS = {
 
 def text_config(model: nn.Module) -> Any:
     """The decoder's part of the model's config; None where there is none."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else None
 
 
@@ -62,7 +66,7 @@ def rope_kinds(config: Any) -> dict[str, str]:
 
 
 def cache_problems(cache: Cache) -> list[str]:
-    """Layers of an empty cache, as the model's config builds it, that are not plain full attention; one line a class."""
+    """Layers of an empty cache, as the config builds it, that are not plain full attention; one line a class."""
     if not cache.layers:
         return ["the model's cache has no layers"]
     by_class: dict[str, list[int]] = {}
@@ -70,8 +74,7 @@ def cache_problems(cache: Cache) -> list[str]:
         if type(layer) is not DynamicLayer:
             by_class.setdefault(type(layer).__name__, []).append(index)
     return [
-        f"{listed(indices)} of the cache: {name} {KNOWN_LAYERS.get(name, 'is unknown to kvstore')}; expected DynamicLayer"
-        for name, indices in by_class.items()
+        f"{listed(indices)}: {name} {KNOWN_LAYERS.get(name, 'is unknown to kvstore')}; expected DynamicLayer" for name, indices in by_class.items()
     ]
 
 

@@ -1,8 +1,9 @@
 """Rotary position embedding from a RopeRecord, in the model's own arithmetic.
 
-A pair (a, b) of channels at position p becomes (a cos - b sin, b cos + a sin) with cos, sin of p * inv_freq, times the record's scaling.
-`model` arithmetic rounds cos and sin to the keys' dtype and multiplies in it; `float32` multiplies in float32 and rounds once.
-Both repeat what the attention layers of transformers do, operation for operation, so equal inputs give equal bits on one device.
+A pair (a, b) of channels at position p becomes (a cos - b sin, b cos + a sin), cos and sin of p * inv_freq times the
+record's scaling. `model` arithmetic rounds cos and sin to the keys' dtype and multiplies in it; `float32` multiplies in
+float32 and rounds once. Both repeat the attention layers of transformers operation for operation, so equal inputs give
+equal bits on one device.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from kvstore.manifest import RopeRecord
 
 @dataclass(frozen=True)
 class Angles:
-    """cos and sin, [T, dim / 2], in the dtype in which the products are made. One per rope and prompt, shared by its layers."""
+    """cos and sin, [T, dim / 2], in the dtype of the products. Made once a rope and prompt, shared by its layers."""
 
     cos: Tensor
     sin: Tensor
@@ -35,13 +36,11 @@ def cos_sin(positions: Tensor, record: RopeRecord, dtype: torch.dtype, device: t
     return Angles(cos.to(product), sin.to(product))
 
 
-def rotate(
-    k: Tensor, positions: Tensor, record: RopeRecord, *, out: Tensor | None = None, angles: Angles | None = None
-) -> Tensor:
+def rotate(k: Tensor, positions: Tensor, record: RopeRecord, *, out: Tensor | None = None, angles: Angles | None = None) -> Tensor:
     """Keys before RoPE [..., T, head_dim] to keys as the model caches them at `positions` (int64 [T]).
 
-    `out` (same shape, any strides, any dtype, not overlapping `k`) receives the result without a further copy; `angles` spares
-    the cosines where several layers share a record. Differentiable where `k` requires a gradient and no `out` is given.
+    `out` (same shape, any strides, any dtype, not overlapping `k`) receives the result without a further copy; `angles`
+    spares the cosines where layers share a record. Differentiable where `k` requires a gradient and `out` is not given.
     """
     angles = angles or cos_sin(positions, record, k.dtype, k.device)
     if out is None and k.requires_grad and torch.is_grad_enabled():
@@ -123,6 +122,6 @@ def residual(got: Tensor, want: Tensor) -> float:
 def tolerance(dtype: torch.dtype, position: int) -> float:
     """The largest residual that rounding explains in keys of `dtype` at positions up to `position`.
 
-    Two units in the last place, 1e-5 at least; a float32 angle near `position` itself is off by up to position * 2**-24.
+    Two units in the last place, 1e-5 at least; a float32 angle near `position` is itself off by up to 2**-24 of it.
     """
     return max(2.0 * torch.finfo(dtype).eps, 1e-5, position * 2.0**-23)

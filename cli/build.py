@@ -1,0 +1,100 @@
+"""Compile documents into a store and commit a snapshot.
+
+PATH is a folder (text, Markdown, reStructuredText, JSONL, Parquet; deep), or one such file.
+What is stored already is not computed again; sources gone from PATH leave the snapshot.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from kvstore.cli import options
+from kvstore.cli.output import Output, count, safe
+
+if TYPE_CHECKING:
+    from kvstore.builder import BuildReport
+    from kvstore.models import ModelSource
+
+USAGE = "PATH... [options]"
+INTERRUPTED = 130
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", metavar="PATH", nargs="+", help="folder or file")
+    options.add_store(parser)
+    options.add_model(parser)
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="run the model in this dtype (default: its own)")
+    parser.add_argument("--template", metavar="NAME|FILE", default="auto", help="auto (the tokenizer's chat template), plain, or a file with {system}, "
+                        "{document} and {query} (default: auto)")  # fmt: skip
+    parser.add_argument("--system", metavar="FILE", help="a system prompt, compiled once before all documents")
+    parser.add_argument("--regime", choices=("prefix", "isolated", "both"), default="prefix",
+                        help="prefix: exact after the system prompt; isolated: usable anywhere, approximate (default: prefix)")  # fmt: skip
+    parser.add_argument("--passage-tokens", metavar="N", type=int, help="cut documents into passages of at most N tokens")
+    parser.add_argument("--long", choices=("split", "skip", "error"), default="split", help="what to do with documents beyond the model's context "
+                        "(default: split)")  # fmt: skip
+    parser.add_argument("--codec", choices=("scalar", "lossless", "raw"), default="scalar", help="how values become bytes (default: scalar)")
+    parser.add_argument("--lossless", action="store_true", help="store a lossless tier as well")
+    parser.add_argument("--include", metavar="PATTERN", action="append", help="files to read in folders, such as '*.md' (may be repeated)")
+    parser.add_argument("--strict", action="store_true", help="a document that cannot be compiled is an error")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be compiled, and write nothing")
+
+
+def run(args: argparse.Namespace, out: Output) -> int:
+    import kvstore
+
+    report = kvstore.build(
+        args.path, options.store_path(args), _source(args), template=args.template, system=options.text_file(args.system), regime=args.regime,
+        passage_tokens=args.passage_tokens, long=args.long, codec=args.codec, lossless=args.lossless, include=args.include,
+        strict=args.strict, dry_run=args.dry_run, progress=lambda r, name: out.progress(_doing(r, name)))  # fmt: skip
+    out.result(to_json(report, args.dry_run), summary(report, args.dry_run))
+    if report.interrupted:
+        out.say(f"interrupted: {_stored(report)}; run the same command again to go on")
+    return INTERRUPTED if report.interrupted else 0
+
+
+def _source(args: argparse.Namespace) -> ModelSource:
+    """--model, else the model of an existing store, else the bundled one."""
+    from kvstore.errors import NotFoundError
+    from kvstore.models import model_for
+    from kvstore.store import Store
+
+    try:
+        store = Store(options.store_path(args)) if args.model is None else None
+    except NotFoundError:
+        store = None
+    return model_for(store, args.model, dtype=args.dtype, device=args.device)
+
+
+def _doing(report: BuildReport, name: str) -> str:
+    return f"{count(report.documents, 'document')}, {report.compiled} compiled, {count(report.tokens, 'token')}: {name}"
+
+
+def _stored(report: BuildReport) -> str:
+    return f"snapshot {report.snapshot} holds the {count(report.documents, 'document')} above" if report.snapshot else "nothing is stored"
+
+
+def summary(report: BuildReport, dry_run: bool = False) -> str:
+    """What `build` prints at its end."""
+    counts = f"{report.compiled} compiled, {report.unchanged} unchanged, {report.removed} removed, {len(report.skipped)} skipped"
+    lines = [f"{count(report.documents, 'document')}: {counts}"]
+    lines += [f"  skipped {safe(s.source)}: {safe(s.reason)}" for s in report.skipped]
+    verb = "would be compiled" if dry_run else "compiled"
+    lines.append(f"{count(report.segments, 'segment')} and {count(report.tokens, 'token')} {verb} in {report.seconds['total']:.1f} s{_parts(report)}")
+    if report.tokens and report.nbytes:
+        lines.append("bytes a token: " + ", ".join(f"{tier} {n / report.tokens:,.0f}" for tier, n in report.nbytes.items()))
+    where = f"{safe(report.store)}, snapshot {report.snapshot}" if not dry_run else "nothing was written"
+    return "\n".join([*lines, f"{where}: {report.serves}"]) + "\n"
+
+
+def _parts(report: BuildReport) -> str:
+    parts = [f"{name} {seconds:.1f}" for name, seconds in report.seconds.items() if name != "total" and seconds >= 0.05]
+    return f" ({', '.join(parts)})" if parts else ""
+
+
+def to_json(report: BuildReport, dry_run: bool = False) -> dict[str, Any]:
+    """The --json object."""
+    skipped = [{"source": s.source, "reason": s.reason} for s in report.skipped]
+    per_token = {tier: n / report.tokens for tier, n in report.nbytes.items()} if report.tokens else {}
+    return {**asdict(report), "skipped": skipped, "bytes_per_token": per_token, "dry_run": dry_run}

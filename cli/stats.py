@@ -1,0 +1,63 @@
+"""Add up the whole store: documents, artifacts, tokens, bytes by tier, overhead, and the ratio to the model's own dtype."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from kvstore.cli import options
+from kvstore.cli.output import Output, count, human, safe, table
+
+if TYPE_CHECKING:
+    from kvstore.inventory import EncodingTotal, Stats
+
+USAGE = "[options]"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    options.add_store(parser)
+
+
+def run(args: argparse.Namespace, out: Output) -> int:
+    from kvstore.inventory import stats
+
+    found = stats(options.open_store(args))
+    out.result(to_json(found), text(found))
+    return 0
+
+
+def text(found: Stats) -> str:
+    head = (f"{safe(found.store)}: snapshot {found.snapshot}, {count(found.snapshots, 'snapshot')} kept\n"
+            f"{count(found.documents, 'document')}, {count(found.artifacts, 'artifact')}, {count(found.tokens, 'token')} in {count(found.packs, 'pack')}\n")  # fmt: skip
+    names = dict(found.models)
+    models = "".join(f"model {safe(name)} {key[:12]}\n" for key, name in found.models)
+    templates = "".join(f"template {safe(kind)} {key[:12]}\n" for key, kind in found.templates)
+    parts = [head + models + templates, *(_encoding(e, names.get(e.model, e.model[:12])) for e in found.encodings), _overhead(found)]
+    return "\n".join(parts)
+
+
+def _encoding(total: EncodingTotal, model: str) -> str:
+    rows = [(t.name, human(t.nbytes), f"{t.nbytes / total.tokens:,.0f}", human(t.load_nbytes), f"{t.load_nbytes / total.tokens:,.0f}", f"{t.raw_ratio:.2f}x")
+            for t in total.tiers]  # fmt: skip
+    head = f"encoding {total.id[:12]} ({', '.join(total.codecs)}) of {safe(model)}: {count(total.artifacts, 'artifact')}, {count(total.tokens, 'token')}\n"
+    return head + table(("tier", "bytes", "a token", "a load reads", "a token", "smaller"), rows)
+
+
+def _overhead(found: Stats) -> str:
+    rest = sum(found.overhead.values())
+    kinds = ", ".join(f"{name} {human(n)}" for name, n in found.overhead.items() if n)
+    lines = [f"overhead: {human(rest)} ({kinds})", f"whole store: {human(found.nbytes)}"]
+    if found.tokens:
+        lines[0] += f", {rest / found.tokens:,.0f} bytes a token"
+        lines[1] += f", {found.nbytes / found.tokens:,.0f} bytes a token; the same values as the model computes them: {human(found.raw_nbytes)}"
+    return "\n".join(lines) + "\n"
+
+
+def to_json(found: Stats) -> dict[str, Any]:
+    """The --json object."""
+    totals = {"artifacts": found.artifacts, "tokens": found.tokens, "raw_nbytes": found.raw_nbytes}
+    models = [{"key": key, "name": name} for key, name in found.models]
+    templates = [{"key": key, "kind": kind} for key, kind in found.templates]
+    per_token = {"bytes_per_token": found.nbytes / found.tokens if found.tokens else None}
+    return {**asdict(found), **totals, **per_token, "models": models, "templates": templates}

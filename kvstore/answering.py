@@ -1,0 +1,95 @@
+"""Answers from prompts, and how long the first token takes from the store and without it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kvstore.compose import Prompt, Reuse
+
+if TYPE_CHECKING:
+    from kvstore.api import OpenStore
+
+RUNS = 5
+ENOUGH_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class FirstToken:
+    """Milliseconds until the logits of the first answer token are on the host, best of `runs` each.
+
+    `stored`: compose (look up, read, decode, rotate) and the forward pass over what is not cached. `cold`: one prefill of the same ids.
+    """
+
+    tokens: int
+    cached_tokens: int
+    stored: float
+    cold: float
+    runs: int
+
+    @property
+    def ratio(self) -> float:
+        """How many times sooner the first token comes from the store."""
+        return self.cold / self.stored
+
+
+def answer(store: OpenStore, prompt: Prompt, max_new_tokens: int = 64) -> str:
+    """Greedy continuation of a composed prompt, as text without special tokens."""
+    return generate(store.model, store.source.tokenizer, prompt.inputs, max_new_tokens)
+
+
+def live_answer(store: OpenStore, prompt: Prompt, max_new_tokens: int = 64) -> str:
+    """The same from the ids alone, nothing taken from the store."""
+    inputs = {"input_ids": prompt.input_ids, "attention_mask": torch.ones_like(prompt.input_ids)}
+    return generate(store.model, store.source.tokenizer, inputs, max_new_tokens)
+
+
+def generate(model: Any, tokenizer: Any, inputs: dict[str, Any], max_new_tokens: int) -> str:
+    """Greedy; `inputs` as `model.generate` takes them."""
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    with torch.inference_mode():
+        ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad)
+    return str(tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+
+
+def first_token(store: OpenStore, documents: Sequence[Any], query: str, *, reuse: Reuse = "prefix", **quality: Any) -> FirstToken:
+    """Time `compose` and its first forward pass against a prefill of the same ids, by turns in this process, after one warm-up each."""
+    model = store.model
+
+    def stored() -> Prompt:
+        prompt = store.compose(documents, query, reuse=reuse, **quality)
+        inputs = prompt.inputs
+        _logits(model, inputs["input_ids"][:, prompt.receipt.cached_tokens :], inputs["past_key_values"])
+        return prompt
+
+    receipt, ids = (prompt := stored()).receipt, prompt.input_ids
+    first, second, runs = by_turns(stored, lambda: _logits(model, ids, None))
+    return FirstToken(receipt.prompt_tokens, receipt.cached_tokens, first * 1e3, second * 1e3, runs)
+
+
+def _logits(model: Any, ids: torch.Tensor, cache: Any) -> torch.Tensor:
+    """The last token's logits, on the host."""
+    with torch.inference_mode():
+        found: torch.Tensor = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    return found.cpu()
+
+
+def by_turns(first: Callable[[], Any], second: Callable[[], Any]) -> tuple[float, float, int]:
+    """Best seconds of each and the number of runs, alternating so that both meet the same machine; fewer runs where they take long."""
+    begun, bests, runs = time.perf_counter(), [float("inf")] * 2, 0
+    for _ in range(1 + RUNS):  # the first round warms up
+        if runs > 1 and time.perf_counter() - begun > ENOUGH_SECONDS:
+            break
+        took = [_seconds(work) for work in (first, second)]
+        bests, runs = ([min(b, t) for b, t in zip(bests, took, strict=True)] if runs else [float("inf")] * 2), runs + 1
+    return bests[0], bests[1], runs - 1
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started

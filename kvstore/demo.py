@@ -1,0 +1,126 @@
+"""The demonstration: the sample corpus built by the bundled model, inspected, loaded, and asked; every stored answer beside the live one."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kvstore import __version__, bundled
+from kvstore.answering import FirstToken, answer, first_token, live_answer
+from kvstore.api import OpenStore
+from kvstore.builder import BuildReport, build
+from kvstore.bundled import Question
+from kvstore.errors import KvstoreError, StorageError
+from kvstore.index import cache_folder
+from kvstore.inventory import Listed, Stats, documents, stats
+from kvstore.models import BUNDLED
+
+PREFIX_TOKENS = 1024  # the first token is timed after about so many stored ones
+MAX_ANSWER = 12  # tokens
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One question. `stored` has an answer for each tier that was tried; answers end before the first full stop or newline."""
+
+    source: str
+    question: str
+    expected: str
+    live: str
+    stored: dict[str, str]
+
+    @property
+    def same(self) -> bool:
+        return all(text == self.live for text in self.stored.values())
+
+
+@dataclass
+class DemoReport:
+    """What the demonstration saw. `first_token` is by tier, at one prompt of several documents side by side."""
+
+    store: str
+    build: BuildReport
+    documents: list[Listed]
+    stats: Stats
+    asked: list[Asked] = field(default_factory=list)
+    first_token: dict[str, FirstToken] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def ok(self) -> bool:
+        """Whether every stored answer is the live one."""
+        return all(a.same for a in self.asked)
+
+    @property
+    def right(self) -> int:
+        """Live answers that are what the document says."""
+        return sum(a.live == a.expected for a in self.asked)
+
+
+def demo(store: str | Path | None = None, progress: Progress | None = None) -> DemoReport:
+    """Build the sample corpus into `store`, by default in the user's cache folder, where the next run finds it; then use it.
+
+    Raises what `build` and `open` do; a default store that another version left behind, or that is damaged, is made again.
+    """
+    started, say = time.perf_counter(), progress or (lambda text: None)
+    if store is not None:
+        report = _run(Path(store), say)
+    else:
+        report = _run_default(say)
+    report.seconds = time.perf_counter() - started
+    return report
+
+
+def _run_default(say: Progress) -> DemoReport:
+    place = cache_folder() / f"demo-{__version__}" / "kv.zarr"
+    try:
+        return _run(place, say)
+    except StorageError:  # no cache folder that can be written
+        return _run(Path(tempfile.mkdtemp(prefix="kvstore-demo-")) / "kv.zarr", say)
+    except KvstoreError:
+        shutil.rmtree(place, ignore_errors=True)
+        return _run(place, say)
+
+
+def _run(path: Path, say: Progress) -> DemoReport:
+    report = build(bundled.corpus_path(), path, BUNDLED, regime="both", lossless=True,
+                   progress=lambda r, name: say(f"building: {r.documents} documents, {name}"))  # fmt: skip
+    with_model = OpenStore(path, BUNDLED)
+    found = DemoReport(str(path), report, documents(with_model), stats(with_model))
+    tiers = found.documents[0].tiers
+    for number, question in enumerate(bundled.questions(), 1):
+        say(f"asking: {number}, {question.source}")
+        found.asked.append(_ask(with_model, question, (tiers[0], tiers[-1])))
+    names = _long_prefix(found.documents)
+    for tier in tiers:
+        say(f"timing the first token at tier {tier}")
+        found.first_token[tier] = first_token(with_model, names, bundled.questions()[0].question, reuse="blocks", tier=tier)
+    return found
+
+
+def _ask(store: OpenStore, asked: Question, tiers: tuple[str, ...]) -> Asked:
+    stored = {}
+    for tier in dict.fromkeys(tiers):
+        prompt = store.compose([asked.source], asked.question, tier=tier)
+        stored[tier] = short(answer(store, prompt, MAX_ANSWER))
+    return Asked(asked.source, asked.question, asked.answer, short(live_answer(store, prompt, MAX_ANSWER)), stored)
+
+
+def short(text: str) -> str:
+    """The answer proper, before the first full stop or newline."""
+    return text.strip().split("\n")[0].split(".")[0].strip()
+
+
+def _long_prefix(listed: list[Listed]) -> list[str]:
+    """As many documents as make a prefix of about `PREFIX_TOKENS`."""
+    names, tokens = [], 0
+    for document in listed:
+        if tokens + document.tokens <= PREFIX_TOKENS:
+            names.append(document.source)
+            tokens += document.tokens
+    return names

@@ -1,0 +1,197 @@
+"""What a store holds and what that takes: its documents, and all of its bytes. Torch-free; reads rows and manifests, no payload."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from kvstore.errors import NotFoundError
+from kvstore.manifest import Encoding, Layout, Row
+from kvstore.pack import PACKS, Pack
+from kvstore.store import MODELS, Store, tier_chain
+
+REGIMES = ("prefix", "isolated")
+Sizes = dict[bytes, int]
+
+
+@dataclass(frozen=True)
+class Listed:
+    """One document in one model, template and encoding (keys). `nbytes`: its units in all tiers and regimes, without the shared head."""
+
+    source: str
+    passages: int
+    tokens: int
+    nbytes: int
+    tiers: tuple[str, ...]
+    regimes: tuple[str, ...]
+    model: str
+    template: str
+    encoding: str
+
+
+def documents(store: Store, source: str | None = None, *, model: str | None = None, template: str | None = None,
+              encoding: str | None = None) -> list[Listed]:  # fmt: skip
+    """The newest snapshot's documents by source, one entry a version; keys may be their beginnings."""
+    rows = store.rows(source, model=model, template=template, encoding=encoding)
+    packs = [p for p in _packs(store) if p.manifest.encoding_id in {r.encoding for r in rows}]
+    encodings = {p.manifest.encoding_id: p.encoding for p in packs}
+    sizes: dict[str, Sizes] = {e: {} for e in encodings}
+    for pack in packs:
+        sizes[pack.manifest.encoding_id] |= _sizes(pack)
+    return [_listed(row, encodings.get(row.encoding), sizes.get(row.encoding, {})) for row in rows]
+
+
+def _packs(store: Store) -> list[Pack]:
+    """Every pack that is (still) there."""
+    found = []
+    for name in store.index.packs():
+        try:
+            found.append(store.index.pack(name))
+        except NotFoundError:  # collected meanwhile
+            continue
+    return found
+
+
+def _sizes(pack: Pack) -> Sizes:
+    """Segment key -> bytes of its units in all tiers."""
+    rows = pack.rows
+    total = sum((rows[f"{t.array}.nbytes"] for t in pack.encoding.tiers), np.zeros(len(rows), np.uint64))
+    return {key.tobytes(): int(n) for key, n in zip(rows["key"], total, strict=True)}
+
+
+def _listed(row: Row, encoding: Encoding | None, sizes: Sizes) -> Listed:
+    keys = {bytes.fromhex(k) for p in row.passages for k in (p.prefix, p.isolated) if k is not None}
+    return Listed(row.source, len(row.passages), sum(p.tokens for p in row.passages), sum(sizes.get(k, 0) for k in keys),
+                  tuple(t.name for t in encoding.tiers) if encoding else (), regimes_of(row), row.model, row.template, row.encoding)  # fmt: skip
+
+
+def regimes_of(row: Row) -> tuple[str, ...]:
+    """The contexts that every passage is stored in."""
+    return tuple(r for r in REGIMES if row.passages and all(getattr(p, r) is not None for p in row.passages))
+
+
+@dataclass
+class TierTotal:
+    """One tier of one encoding: what its units take, and `raw_ratio`, how many times smaller a load at it reads than the model's own dtype."""
+
+    name: str
+    exact: bool
+    nbytes: int = 0
+    load_nbytes: int = 0
+    raw_ratio: float = 0.0
+
+
+@dataclass
+class EncodingTotal:
+    """All artifacts of one encoding and model. `raw_nbytes`: the same K and V as the model computes them."""
+
+    id: str
+    model: str
+    codecs: list[str]
+    tiers: list[TierTotal]
+    artifacts: int = 0
+    tokens: int = 0
+    raw_nbytes: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self.tiers)
+
+
+@dataclass
+class Stats:
+    """A whole store. `overhead` (bytes by kind) and the tiers' bytes add up to `nbytes`, what its files take."""
+
+    store: str
+    id: str
+    snapshot: int
+    snapshots: int
+    documents: int
+    packs: int
+    nbytes: int = 0
+    encodings: list[EncodingTotal] = field(default_factory=list)
+    overhead: dict[str, int] = field(default_factory=dict)
+    models: list[tuple[str, str]] = field(default_factory=list)
+    templates: list[tuple[str, str]] = field(default_factory=list)
+
+    @property
+    def artifacts(self) -> int:
+        return sum(e.artifacts for e in self.encodings)
+
+    @property
+    def tokens(self) -> int:
+        return sum(e.tokens for e in self.encodings)
+
+    @property
+    def raw_nbytes(self) -> int:
+        return sum(e.raw_nbytes for e in self.encodings)
+
+
+def stats(store: Store) -> Stats:
+    """Add up a store. Bytes are those of the files now, whatever snapshots still need them."""
+    packs = _packs(store)
+    found = Stats(str(store.path), store.id, store.number, len(store.snapshots.numbers()), len(store), len(packs))
+    found.models = [(r.model.key, r.model.name) for r in store.models()]
+    found.templates = [(t.id, t.kind) for t in store.templates()]
+    totals: dict[tuple[str, str], EncodingTotal] = {}
+    for pack in packs:
+        _add_pack(totals, pack)
+    found.encodings = [totals[k] for k in sorted(totals)]
+    for total in found.encodings:
+        _finish(total, next(p.encoding for p in packs if p.manifest.encoding_id == total.id))
+    found.nbytes, found.overhead = _overhead(store, sum(e.nbytes for e in found.encodings))
+    return found
+
+
+def _add_pack(totals: dict[tuple[str, str], EncodingTotal], pack: Pack) -> None:
+    m = pack.manifest
+    if (m.encoding_id, m.model) not in totals:
+        tiers = [TierTotal(t.name, t.exact) for t in m.encoding.tiers]
+        totals[m.encoding_id, m.model] = EncodingTotal(m.encoding_id, m.model, [c.name for c in m.encoding.codecs], tiers)
+    total, tokens = totals[m.encoding_id, m.model], int(pack.rows["tokens"].sum(dtype=np.uint64))
+    total.artifacts += len(pack.rows)
+    total.tokens += tokens
+    total.raw_nbytes += tokens * raw_token_nbytes(pack.layout)
+    for tier, spec in zip(total.tiers, m.encoding.tiers, strict=True):
+        tier.nbytes += int(pack.rows[f"{spec.array}.nbytes"].sum(dtype=np.uint64))
+
+
+def raw_token_nbytes(layout: Layout) -> int:
+    """Bytes of one token's K and V in the model's dtype."""
+    return layout.values_per_token * (4 if layout.dtype == "float32" else 2)
+
+
+def _finish(total: EncodingTotal, encoding: Encoding) -> None:
+    own = {t.name: t.nbytes for t in total.tiers}
+    for tier in total.tiers:
+        tier.load_nbytes = sum(own[t.name] for t in tier_chain(encoding, tier.name))
+        tier.raw_ratio = total.raw_nbytes / max(1, tier.load_nbytes)
+
+
+def _overhead(store: Store, units: int) -> tuple[int, dict[str, int]]:
+    """(all bytes, bytes by kind) of everything that is no unit."""
+    kinds = dict.fromkeys(("token ids", "rows", "unit index", "json", "probes", "other"), 0)
+    for path in _files(store.path):
+        kinds[_kind(path)] += os.stat(store.path / path).st_size
+    total = sum(kinds.values())
+    kinds["unit index"] = max(0, kinds["unit index"] - units)
+    return total, kinds
+
+
+def _files(root: Path) -> list[str]:
+    return [Path(folder, name).relative_to(root).as_posix() for folder, _, names in os.walk(root) for name in names]
+
+
+def _kind(path: str) -> str:
+    """Of one file, by its name; shards count as `unit index` until the units are taken off."""
+    top, _, _ = path.partition("/")
+    if path.endswith(".json"):
+        return "json"
+    if top == MODELS:
+        return "probes"
+    if top != PACKS:
+        return "other"
+    return "token ids" if "/tokens/" in path else "rows" if "/segments/" in path else "unit index"
