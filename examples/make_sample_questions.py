@@ -84,14 +84,11 @@ def main() -> None:
     for a in sorted(set(asked) - set(kept)):
         print(f"left out: {a.source}: {a.question} wanted {a.answer!r}, given {a.given!r}, {a.margin:.3f}")
     with args.out.open("w", encoding="utf-8", newline="\n") as out:
-        out.writelines(
-            json.dumps({"source": a.source, "question": a.question, "answer": a.answer}) + "\n" for a in kept
-        )
+        out.writelines(json.dumps({"source": a.source, "question": a.question, "answer": a.answer}) + "\n" for a in kept)
     least = min((a.margin for a in kept), default=0.0)
     right = sum(a.given == f" {a.answer}." for a in asked)
     print(
-        f"{len(asked)} facts, {right} answered right, {len(kept)} kept from {len({a.source for a in kept})} documents; "
-        f"least probability {least:.3f}"
+        f"{len(asked)} facts, {right} answered right, {len(kept)} kept from {len({a.source for a in kept})} documents; least probability {least:.3f}"
     )
 
 

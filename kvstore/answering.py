@@ -37,22 +37,26 @@ class FirstToken:
         return self.cold / self.stored
 
 
-def answer(store: OpenStore, prompt: Prompt, max_new_tokens: int = 64) -> str:
-    """Greedy continuation of a composed prompt, as text without special tokens."""
-    return generate(store.model, store.source.tokenizer, prompt.inputs, max_new_tokens)
+def answer(store: OpenStore, prompt: Prompt, max_new_tokens: int = 64, stop: str = "") -> str:
+    """Greedy continuation of a composed prompt, as text without special tokens; it ends with the first token that holds a character of `stop`."""
+    return generate(store.model, store.source.tokenizer, prompt.inputs, max_new_tokens, stop)
 
 
-def live_answer(store: OpenStore, prompt: Prompt, max_new_tokens: int = 64) -> str:
+def live_answer(store: OpenStore, prompt: Prompt, max_new_tokens: int = 64, stop: str = "") -> str:
     """The same from the ids alone, nothing taken from the store."""
     inputs = {"input_ids": prompt.input_ids, "attention_mask": torch.ones_like(prompt.input_ids)}
-    return generate(store.model, store.source.tokenizer, inputs, max_new_tokens)
+    return generate(store.model, store.source.tokenizer, inputs, max_new_tokens, stop)
 
 
-def generate(model: Any, tokenizer: Any, inputs: dict[str, Any], max_new_tokens: int) -> str:
-    """Greedy; `inputs` as `model.generate` takes them."""
+def generate(model: Any, tokenizer: Any, inputs: dict[str, Any], max_new_tokens: int, stop: str = "") -> str:
+    """Greedy; `inputs` as `model.generate` takes them, one row."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+    def done(ids: torch.Tensor, scores: Any, **more: Any) -> torch.Tensor:
+        return torch.tensor([any(c in stop for c in tokenizer.decode(ids[0, -1:]))], device=ids.device)
+
     with torch.inference_mode():
-        ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad)
+        ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad, stopping_criteria=[done] if stop else None)
     return str(tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 
 
@@ -66,9 +70,9 @@ def first_token(store: OpenStore, documents: Sequence[Any], query: str, *, reuse
         _logits(model, inputs["input_ids"][:, prompt.receipt.cached_tokens :], inputs["past_key_values"])
         return prompt
 
-    receipt, ids = (prompt := stored()).receipt, prompt.input_ids
-    first, second, runs = by_turns(stored, lambda: _logits(model, ids, None))
-    return FirstToken(receipt.prompt_tokens, receipt.cached_tokens, first * 1e3, second * 1e3, runs)
+    prompt = stored()
+    first, second, runs = by_turns(stored, lambda: _logits(model, prompt.input_ids, None))
+    return FirstToken(prompt.receipt.prompt_tokens, prompt.receipt.cached_tokens, first * 1e3, second * 1e3, runs)
 
 
 def _logits(model: Any, ids: torch.Tensor, cache: Any) -> torch.Tensor:

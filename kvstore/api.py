@@ -156,7 +156,9 @@ class OpenStore(Store):
         from kvstore.loader import read
         from kvstore.quality import Quality
 
-        return read(self, source, Quality(tier, max_kl, max_bytes, deadline), self._decoder, position, device)
+        model = self.source.identity.key if self._given is not None else None
+        artifact = self.artifact(source, model=model, **self._choice)
+        return read(artifact, Quality(tier, max_kl, max_bytes, deadline), self._decoder, position, device)
 
     def match(self, text: str, source: str | None = None) -> Match:
         """The longest stored run for a text, and where it first differs."""

@@ -50,6 +50,11 @@ def rows_metadata(segments: int, encoding: Encoding) -> bytes:
     return array_metadata("uint8", shape, shape, 0, ["segment", "byte"], [{"name": "bytes"}])
 
 
+def probe_metadata(shape: list[int]) -> bytes:
+    """What a model's probe looks like: [layer, kv, token, projection]."""
+    return array_metadata("float32", shape, shape, "NaN", ["layer", "kv", "token", "projection"], [_LITTLE])
+
+
 def pack_metadata(manifest: PackManifest) -> dict[str, bytes]:
     """Every zarr.json below a pack's own, by relative path."""
     tiers = {f"{t.array}/zarr.json": tier_metadata(t, manifest.layout, manifest.encoding, manifest.slots) for t in manifest.encoding.tiers}

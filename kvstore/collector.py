@@ -19,7 +19,7 @@ from kvstore.pack_writer import PackWriter
 from kvstore.reach import Reach, pack_keys
 from kvstore.snapshot import SnapshotLog, file_name
 from kvstore.storage.local import LocalStorage
-from kvstore.verify_pack import file_problems, segment_problem
+from kvstore.verify_pack import file_problems, segment_problems
 
 Mask = npt.NDArray[np.bool_]
 
@@ -141,7 +141,7 @@ class Collector:
             return False
         name, theirs = self.home[encoding, key]
         other = self.opened[name]
-        return segment_problem(other, other.segment(theirs)) is None or segment_problem(pack, pack.segment(row)) is not None
+        return not segment_problems(other, other.segment(theirs)) or bool(segment_problems(pack, pack.segment(row)))
 
     def _live(self, pack: Pack) -> Mask:
         """bool [segments]: the rows that are reached and kept here."""
@@ -168,10 +168,10 @@ class Collector:
             return bad, False
         problems = [p for _, p in file_problems(pack)]
         for row in range(len(bad)):
-            if problem := segment_problem(pack, pack.segment(row)):
-                bad[row] = True
-                problems.append(problem)
-        self.report.damaged += [f"{pack.name}: {p}" for p in problems]
+            found = segment_problems(pack, pack.segment(row))
+            bad[row] = bool(found)
+            problems += found
+        self.report.damaged += [f"{pack.name}: {p}" for p in dict.fromkeys(problems)]
         return bad, bool(problems)
 
     def _drop(self, pack: Pack, bad: Mask) -> bool:

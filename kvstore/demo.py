@@ -19,8 +19,9 @@ from kvstore.index import cache_folder
 from kvstore.inventory import Listed, Stats, documents, stats
 from kvstore.models import BUNDLED
 
-PREFIX_TOKENS = 1024  # the first token is timed after about so many stored ones
+PREFIX_TOKENS = 1000  # the first token is timed after so many stored ones, or a few more
 MAX_ANSWER = 12  # tokens
+STOP = ".\n"
 Progress = Callable[[str], None]
 
 
@@ -107,8 +108,8 @@ def _ask(store: OpenStore, asked: Question, tiers: tuple[str, ...]) -> Asked:
     stored = {}
     for tier in dict.fromkeys(tiers):
         prompt = store.compose([asked.source], asked.question, tier=tier)
-        stored[tier] = short(answer(store, prompt, MAX_ANSWER))
-    return Asked(asked.source, asked.question, asked.answer, short(live_answer(store, prompt, MAX_ANSWER)), stored)
+        stored[tier] = short(answer(store, prompt, MAX_ANSWER, STOP))
+    return Asked(asked.source, asked.question, asked.answer, short(live_answer(store, prompt, MAX_ANSWER, STOP)), stored)
 
 
 def short(text: str) -> str:
@@ -117,10 +118,10 @@ def short(text: str) -> str:
 
 
 def _long_prefix(listed: list[Listed]) -> list[str]:
-    """As many documents as make a prefix of about `PREFIX_TOKENS`."""
+    """As many documents as make a prefix of `PREFIX_TOKENS`."""
     names, tokens = [], 0
     for document in listed:
-        if tokens + document.tokens <= PREFIX_TOKENS:
+        if tokens < PREFIX_TOKENS:
             names.append(document.source)
             tokens += document.tokens
     return names

@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 
 from kvstore.digest import Canonical, digest
-from kvstore.errors import IncompatibleError
+from kvstore.errors import IncompatibleError, InputError
 from kvstore.manifest import Layout, Model
 
 # Config fields that change K or V, for every architecture that kvstore accepts. A field that is absent or None is left out. Fields of
@@ -95,8 +95,11 @@ class Context:
 
 
 def id_bytes(ids: Sequence[int]) -> bytes:
-    """Token ids as uint32 little-endian."""
-    return np.asarray(ids, dtype="<u4").tobytes()
+    """Token ids as uint32 little-endian. Raises InputError for what is none: numpy would wrap it silently."""
+    array = np.asarray(ids)
+    if array.size and (array.dtype.kind not in "iu" or array.min() < 0 or array.max() > 0xFFFFFFFF):
+        raise InputError("token ids must be whole numbers from 0 to 2**32 - 1", remedy="check the tokenizer")
+    return array.astype("<u4").tobytes()
 
 
 def segment_key(model: Model, layout: Layout, context: Context, ids: Sequence[int], rope_regime: str = "static") -> str:

@@ -13,7 +13,7 @@ from kvstore.decode import KV, Decoder, Piece, allocate
 from kvstore.errors import InputError
 from kvstore.quality import Quality
 from kvstore.receipt import Receipt
-from kvstore.store import Store
+from kvstore.store import Artifact
 
 if TYPE_CHECKING:
     from transformers import Cache
@@ -62,10 +62,9 @@ def load(composer: Composer, source: str, quality: Quality) -> Prefix:
     return Prefix(composer.prefix(blocks[0], quality), composer)
 
 
-def read(store: Store, source: str, quality: Quality, decoder: Decoder, position: int, device: str) -> tuple[list[int], list[KV], dict[str, Any]]:
+def read(artifact: Artifact, quality: Quality, decoder: Decoder, position: int, device: str) -> tuple[list[int], list[KV], dict[str, Any]]:
     """One document's own KV at `position`, all its passages one after another."""
     started = time.perf_counter()
-    artifact = store.artifact(source)
     tiers = quality.choose(artifact.stored)
     layers = allocate(artifact.layout, artifact.tokens, device)
     at = 0
@@ -74,8 +73,8 @@ def read(store: Store, source: str, quality: Quality, decoder: Decoder, position
         at += stored.segment.tokens
     tier = tiers[artifact.row.encoding]
     receipt = {
-        "source": source,
-        "snapshot": store.number,
+        "source": artifact.source,
+        "snapshot": artifact.store.number,
         "model": artifact.row.model,
         "template": artifact.row.template,
         "encoding": artifact.row.encoding,

@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from kvstore.arrays import array_metadata
+from kvstore.arrays import probe_metadata
 from kvstore.digest import sha256
 from kvstore.errors import FormatError, InputError, IntegrityError, NotFoundError, StorageError
 from kvstore.identity import artifact_id
@@ -299,9 +299,7 @@ def add_model(storage: LocalStorage, record: ModelRecord, probe: npt.NDArray[np.
     with translated(f"{MODELS}/{record.model.key}"):
         staged = storage.stage()
         (staged / "probe").mkdir()
-        codecs = [{"name": "bytes", "configuration": {"endian": "little"}}]
-        names = ["layer", "kv", "token", "projection"]
-        write_synced(staged / "probe" / "zarr.json", array_metadata("float32", list(probe.shape), list(probe.shape), "NaN", names, codecs))
+        write_synced(staged / "probe" / "zarr.json", probe_metadata(list(probe.shape)))
         write_synced(staged / "probe" / "c.0.0.0.0", data)
         sync_folder(staged / "probe")
         write_synced(staged / "zarr.json", zarr_group(record))

@@ -12,6 +12,7 @@ from typing import Literal
 
 import msgspec
 
+from kvstore.arrays import probe_metadata
 from kvstore.errors import KvstoreError, NotFoundError
 from kvstore.identity import make_model
 from kvstore.manifest import ModelRecord, Row, Snapshot, StoreRecord, TemplateRecord, parse_group, zarr_group
@@ -22,7 +23,7 @@ from kvstore.storage.local import LocalStorage
 from kvstore.store import CALIBRATIONS, MODELS, TEMPLATES, Store, read_model, read_probe, read_template
 from kvstore.tags import FOLDER as TAGS
 from kvstore.tags import list_tags
-from kvstore.verify_pack import file_problems, key_problem, segment_problem
+from kvstore.verify_pack import file_problems, key_problem, segment_problems
 
 SLICE = 64  # segments a thread takes at a time
 
@@ -118,11 +119,15 @@ class _Run:
         fields = {k: v for k, v in msgspec.structs.asdict(record.model).items() if k != "key"}
         if make_model(**fields).key != record.model.key:
             yield "its key does not follow from its fields"
-        values = record.layout.layers * 2 * len(record.probe_ids)
-        if len(read_probe(self.storage, record)) % (values * 4 or 1):
+        folder, values = f"{MODELS}/{record.model.key}", record.layout.layers * 2 * len(record.probe_ids)
+        if self.storage.read(f"{folder}/zarr.json") != zarr_group(record):
+            yield "zarr.json is not as kvstore writes it"
+        projections, rest = divmod(len(read_probe(self.storage, record)), values * 4 or 1)
+        if rest:
             yield "its probe has not the size that its layout says"
-        if not self.storage.exists(f"{MODELS}/{record.model.key}/probe/zarr.json"):
-            yield "its probe has no zarr.json"
+        shape = [record.layout.layers, 2, len(record.probe_ids), projections]
+        if self.storage.read(f"{folder}/probe/zarr.json") != probe_metadata(shape):
+            yield "probe/zarr.json is not as kvstore writes it"
 
     def pack(self, name: str, pool: ThreadPoolExecutor) -> None:
         where = f"{PACKS}/{name}"
@@ -140,8 +145,8 @@ class _Run:
             slices = [range(i, min(i + SLICE, len(pack.rows))) for i in range(0, len(pack.rows), SLICE)]
         except KvstoreError:
             return  # noted with its file
-        for problems in pool.map(lambda rows: self._segments(pack, rows), slices):
-            self._note(where, problems)
+        found = [p for problems in pool.map(lambda rows: self._segments(pack, rows), slices) for p in problems]
+        self._note(where, dict.fromkeys(found))  # a missing file is the same problem for every segment
         self._count(pack)
         self.progress(self.report, where)
 
@@ -158,12 +163,11 @@ class _Run:
     def _segments(self, pack: Pack, rows: range) -> list[str]:
         """Run in several threads: reading, hashing and checksums let go of the interpreter's lock."""
         model = self.models.get(pack.manifest.model)
-        found = []
+        found: list[str] = []
+        anchors = {t.anchor.ids for t in self.templates.values()}
         for segment in map(pack.segment, rows):
-            problem = segment_problem(pack, segment)
-            if problem is None and model is not None:
-                problem = key_problem(pack, segment, model, {t.anchor.ids for t in self.templates.values()})
-            if problem is not None:
+            found += segment_problems(pack, segment)
+            if model is not None and (problem := key_problem(pack, segment, model, anchors)) is not None:
                 found.append(problem)
         return found
 

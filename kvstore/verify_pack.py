@@ -75,17 +75,21 @@ def _index_problems(pack: Pack) -> Iterator[Finding]:
             yield f"{tier.array}/c.0.0.0.0", error.message
 
 
-def segment_problem(pack: Pack, segment: Segment) -> str | None:
-    """Whether a segment's ids and every unit of every tier are as they were written: crc32c, sha256, and nothing between the units."""
+def segment_problems(pack: Pack, segment: Segment) -> list[str]:
+    """What of a segment is not as it was written: its ids; in every tier every unit's crc32c, the sha256, nothing between the units."""
+    found = []
     try:
         if (pack.ids(segment) == NO_TOKEN).any():
-            return f"segment {segment.key[:12]}: padding among its token ids"
-        for tier in pack.encoding.tiers:
-            if problem := _tier_problem(pack, segment, tier.array):
-                return f"segment {segment.key[:12]}, {tier.array}: {problem}"
+            found.append(f"segment {segment.key[:12]}: padding among its token ids")
     except KvstoreError as error:
-        return error.message
-    return None
+        found.append(error.message)
+    for tier in pack.encoding.tiers:
+        try:
+            if problem := _tier_problem(pack, segment, tier.array):
+                found.append(f"segment {segment.key[:12]}, {tier.array}: {problem}")
+        except KvstoreError as error:
+            found.append(error.message)
+    return found
 
 
 def _tier_problem(pack: Pack, segment: Segment, array: str) -> str | None:

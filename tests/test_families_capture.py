@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import tiny_models as tiny
 import torch
+from tiny_models import one_thread  # noqa: F401  (a fixture for every test here)
 from torch import nn
 from transformers import DynamicCache, StaticCache
 from transformers.models.llama import modeling_llama
@@ -92,9 +93,7 @@ def test_positions_continue_after_the_past_which_is_left_alone(name: str) -> Non
     assert cache.get_seq_length() == len(IDS) + len(REST)
     assert past.get_seq_length() == len(IDS)
     assert all(torch.equal(x.keys, k) and torch.equal(x.values, v) for x, (k, v) in zip(past.layers, kept, strict=True))
-    for (a, av), (b, bv), layer in zip(
-        rotated(first, layout), rotated(second, layout, len(IDS)), cache.layers, strict=True
-    ):
+    for (a, av), (b, bv), layer in zip(rotated(first, layout), rotated(second, layout, len(IDS)), cache.layers, strict=True):
         assert torch.equal(torch.cat([a, b], 2), layer.keys)
         assert torch.equal(torch.cat([av, bv], 2), layer.values)
 
@@ -178,9 +177,7 @@ def test_other_threads_do_not_leak_in() -> None:
     def work() -> None:
         for _ in range(10):
             got = prefill(model, layout, IDS)[0]
-            if not all(
-                torch.equal(a, b) for x, y in zip(got, expected, strict=True) for a, b in zip(x, y, strict=True)
-            ):
+            if not all(torch.equal(a, b) for x, y in zip(got, expected, strict=True) for a, b in zip(x, y, strict=True)):
                 failures.append("other keys")
 
     threads = [threading.Thread(target=t) for t in (noise, work, work)]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny_models as tiny
 import torch
+from tiny_models import one_thread  # noqa: F401  (a fixture for every test here)
 from torch import nn
 
 from kvstore.errors import IncompatibleError
@@ -87,6 +88,15 @@ def test_a_rotary_nobody_knows_is_found(attention: type[tiny.OddAttention], dtyp
     assert found.measurements["ropes"][0]["exact"] is (attention is tiny.OddAttention or rope_is_exact(found, rope))
 
 
+def test_a_scaling_that_no_attribute_holds_is_measured() -> None:
+    """The rotation is called as an object with keyword arguments, in a class that inherits its `forward`."""
+    found = inspect_model(tiny.odd_model(tiny.Kernelled))
+    assert found.layout is not None, found.problems
+    assert found.layout.capture == "hooked"
+    assert found.layout.ropes[0].scaling == pytest.approx(1.005, abs=1e-5)
+    assert found.measurements["ropes"][0]["exact"] is False
+
+
 def rope_is_exact(found: Any, rope: RopeRecord) -> bool:
     """Frequencies fitted to float32 keys may come out right to the last bit; nothing promises it."""
     return rope.kind == "fitted" and found.measurements["ropes"][0]["residual"] == 0.0
@@ -106,6 +116,21 @@ def test_a_failing_model_is_a_finding_not_a_crash() -> None:
     found = inspect_model(tiny.odd_model(tiny.Broken))
     assert found.layout is None
     assert found.problems == ["the probe could not be run: RuntimeError: no such kernel"]
+
+
+def test_keys_that_are_not_finite_are_refused() -> None:
+    model = tiny.supported("llama")
+    with torch.no_grad():
+        model.model.layers[1].self_attn.k_proj.weight[0, 0] = float("nan")
+    with pytest.raises(IncompatibleError, match=r"layers? 1.*: keys or values are not finite"):
+        require_layout(model)
+
+
+def test_keys_of_zero_are_keys_without_rope() -> None:
+    model = tiny.supported("llama")
+    with torch.no_grad():
+        model.model.layers[1].self_attn.k_proj.weight.zero_()
+    assert require_layout(model).rope_of == (0, None, 0)
 
 
 def test_something_that_is_no_model_is_refused() -> None:
@@ -149,7 +174,7 @@ def test_measurements_are_plain_values() -> None:
 def test_probe_ids_are_fixed_inside_the_vocabulary_and_not_special() -> None:
     for fields in ({}, {"vocab_size": 32000}, {"vocab_size": 66}):
         ids = probe_ids(tiny.make("llama", fields))
-        assert len(ids) == len(set(ids)) - (len(set(ids)) - 64)
+        assert len(ids) == 64
         assert not set(ids) & {0, 1, 2}
         assert max(ids) < fields.get("vocab_size", tiny.VOCAB)
         assert len(set(ids)) >= 63

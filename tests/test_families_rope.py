@@ -20,16 +20,12 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 POSITIONS = torch.cat([torch.arange(40), torch.arange(7000, 7030), torch.arange(131000, 131072)])
 
 
-def record(
-    dim: int, layout: Any = "half", start: int = 0, scaling: float = 1.0, arithmetic: Any = "model"
-) -> RopeRecord:
+def record(dim: int, layout: Any = "half", start: int = 0, scaling: float = 1.0, arithmetic: Any = "model") -> RopeRecord:
     inv_freq = 10000.0 ** -(np.arange(0, dim, 2, dtype=np.float32) / dim)
     return RopeRecord(start, dim, layout, inv_freq.astype("<f4").tobytes().hex(), scaling, arithmetic, "default")
 
 
-def keys(
-    heads: int = 3, width: int = 32, dtype: torch.dtype = torch.float32, tokens: int = len(POSITIONS)
-) -> torch.Tensor:
+def keys(heads: int = 3, width: int = 32, dtype: torch.dtype = torch.float32, tokens: int = len(POSITIONS)) -> torch.Tensor:
     return torch.randn(heads, tokens, width, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 

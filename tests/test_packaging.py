@@ -26,12 +26,12 @@ LAYERS = [
     "identity manifest storage bundled schemas validate",
     "codecs transforms quantizers policies calibration",
     "pack pack_writer arrays index snapshot tags checkpoint families fingerprint",
-    "store gc collector inventory detail diff zarr_view models verify_pack",
+    "store reach gc collector inventory detail diff zarr_view models verify_pack",
     "documents sources objects tables tokens vocabulary cutting template passages",
     "plan prefill encode decode quality lookup",
-    "answering compose export reach builder build loader load match relogits verify",
+    "answering compose export builder build loader load match relogits verify",
     "api",
-    "cli integrations",
+    "demo cli integrations",
 ]
 RANKS = {f"kvstore.{name}": rank for rank, names in enumerate(LAYERS) for name in names.split()}
 # Facades that hand out names from above, at first use.

@@ -12,6 +12,9 @@ own multiplications. Word arrays start with a guard word, so that the load of th
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -22,16 +25,23 @@ from kvstore.codecs.base import Reader, damaged
 
 STREAM, TOTAL = 4096, 4096
 Bytes = npt.NDArray[np.uint8]
-U16 = npt.NDArray[np.uint16]
 U32 = npt.NDArray[np.uint32]
 I64 = npt.NDArray[np.int64]
 
 
 class Coded(NamedTuple):
-    """A guard word, then streams one after another: uint32 [1 + words]; and the number of words of each stream."""
+    """Streams side by side: stream s is the uint32 `words[1 + ends[s] : 1 + ends[s + 1]]`; `ends` is int64 [streams + 1]."""
 
     words: U32
-    lengths: U16
+    ends: I64
+
+    def lengths(self) -> bytes:
+        """Words of each stream, as little-endian uint16."""
+        return np.diff(self.ends).astype("<u2").tobytes()
+
+    def content(self) -> bytes:
+        """The words of all streams, little-endian."""
+        return self.words[1 + self.ends[0] : 1 + self.ends[-1]].astype("<u4", copy=False).tobytes()
 
 
 class Runs(NamedTuple):
@@ -46,6 +56,7 @@ class Runs(NamedTuple):
         return -(-self.symbols // (self.run * self.per))
 
 
+@lru_cache(1024)
 def cut(symbols: int, run: int) -> Runs:
     """Streams of at most 4,096 symbols (one run, where that is longer), as equal as whole runs allow."""
     runs = -(-symbols // run)
@@ -78,17 +89,18 @@ def thirds_table(weights: I64) -> U32:
 
 def encode(symbols: Bytes, runs: Runs, table_of_run: Bytes, tables: U32) -> Coded:
     """Streams of `symbols`, run r by row `table_of_run[r]` of `tables` [k, 256]. Every symbol must have a weight there."""
-    lengths = np.zeros(runs.streams, np.uint16)
+    ends = np.zeros(runs.streams + 1, np.int64)
     words = np.empty((4, runs.run * runs.per * 12 // 32 + 4), np.uint32)
-    out = np.zeros(1 + len(lengths) * words.shape[1], np.uint32)
-    used = kernels.encode(symbols, runs.run, runs.per, table_of_run, tables, words, lengths, out)
-    return Coded(out[:used], lengths)
+    out = np.empty(1 + runs.streams * words.shape[1], np.uint32)
+    kernels.encode(symbols, runs.run, runs.per, table_of_run, _frozen(tables), words, ends, out)
+    return Coded(out, ends)
 
 
 def decode(coded: Coded, runs: Runs, table_of_run: Bytes, tables: U32) -> Bytes:
     """uint8 [symbols] by `tables` [k, 4096]. Raises IntegrityError for streams that no encoder writes."""
     out = np.empty(runs.symbols, np.uint8)
-    if not kernels.decode(coded.words, ends_of(coded, runs), runs.run, runs.per, table_of_run, tables, out):
+    _check(coded, runs)
+    if not kernels.decode(_frozen(coded.words), coded.ends, runs.run, runs.per, table_of_run, _frozen(tables), out):
         raise damaged("a stream does not decode")
     return out
 
@@ -100,21 +112,30 @@ def decode_ternary(coded: Coded, runs: Runs, table_of_run: Bytes, thirds: U32, b
     Raises IntegrityError.
     """
     out = np.empty(runs.symbols, np.int8)
-    if not kernels.decode_ternary(coded.words, ends_of(coded, runs), runs.run, runs.per, table_of_run, thirds, base, out):
+    _check(coded, runs)
+    if not kernels.decode_ternary(_frozen(coded.words), coded.ends, runs.run, runs.per, table_of_run, _frozen(thirds), base, out):
         raise damaged("a stream does not decode")
     return out
 
 
-def ends_of(coded: Coded, runs: Runs) -> I64:
-    """int64 [streams + 1]: where each stream starts in the words after the guard, and where the last one ends."""
-    ends = np.zeros(len(coded.lengths) + 1, np.int64)
-    np.cumsum(coded.lengths, out=ends[1:])
-    if ends[-1] + 1 != len(coded.words) or len(coded.lengths) != runs.streams:
-        raise damaged("lengths of streams do not add up")
-    return ends
+def _frozen(array: U32) -> U32:
+    """Read-only, so that each function is compiled for one type only."""
+    view = array.view()
+    view.flags.writeable = False
+    return view
 
 
-def take(reader: Reader, lengths: U16) -> Coded:
-    """The streams of `lengths` words from a record; the guard is the word before them."""
-    words = reader.take(int(lengths.sum(dtype=np.int64)))
-    return Coded(reader.words[reader.at - len(words) - 1 : reader.at], lengths)
+def _check(coded: Coded, runs: Runs) -> None:
+    if len(coded.ends) != runs.streams + 1 or not 0 <= coded.ends[0] <= coded.ends[-1] < len(coded.words):
+        raise damaged("streams that do not fit their words")
+
+
+def take(reader: Reader, counts: Sequence[int]) -> Iterator[Coded]:
+    """Rows of `counts` streams from a record: their lengths, padded to a whole word, then their words. Raises IntegrityError."""
+    lengths = reader.take_bytes(2 * sum(counts)).view("<u2")
+    ends = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths, out=ends[1:])
+    ends += reader.at - 1  # the guard is the word before
+    reader.take(int(ends[-1] - ends[0]))
+    row_ends = list(accumulate(counts, initial=0))
+    return iter([Coded(reader.words, ends[first : last + 1]) for first, last in pairwise(row_ends)])

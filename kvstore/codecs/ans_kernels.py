@@ -77,10 +77,15 @@ def _mirror(symbol: int, value: int) -> int:
 
 
 @helper
-def _encode_lane(
-    symbols: Array, stop: int, last: int, run: int, table_of_run: Array, tables: Array, x: int, words: Array, used: int
-) -> tuple[int, int]:
-    """Symbols last - 1 down to stop; state and number of words after them."""
+def _shared(total: int, s: int, size: int, run: int, lanes: int) -> int:
+    """Whole runs that each of the four streams from s on has; the last stream may be shorter."""
+    return (min(total, (s + 4) * size) - (s + 3) * size) // run if lanes == 4 else 0
+
+
+@helper
+def _encode_lane(symbols: Array, stop: int, last: int, run: int, table_of_run: Array, tables: Array, words: Array) -> tuple[int, int]:
+    """A stream's symbols last - 1 down to stop; state and number of words after them."""
+    x, used = uint64(0), 0
     while last > stop:
         r = (last - 1) // run
         t, bottom = table_of_run[r], max(stop, r * run)
@@ -124,23 +129,19 @@ def _encode_four(
 
 
 @compiled
-def encode(symbols: Array, run: int, per: int, table_of_run: Array, tables: Array, words: Array, lengths: Array, out: Array) -> int:
-    """Fills `lengths` and `out` (from its second word); returns the words used. `words` [4, n] is scratch."""
-    total, size, filled = len(symbols), run * per, 1
+def encode(symbols: Array, run: int, per: int, table_of_run: Array, tables: Array, words: Array, ends: Array, out: Array) -> None:
+    """Fills `ends` and `out` (from its second word on). `words` [4, n] is scratch."""
+    total, size, streams = len(symbols), run * per, len(ends) - 1
     x, used = np.zeros(4, np.uint64), np.zeros(4, np.int64)
-    for s in range(0, len(lengths), 4):
-        lanes = min(4, len(lengths) - s)
-        shared = 0 if lanes < 4 else (min(total, (s + 4) * size) - (s + 3) * size) // run
+    for s in range(0, streams, 4):
+        lanes = min(4, streams - s)
+        shared = _shared(total, s, size, run, lanes)
         for lane in range(lanes):
             first = (s + lane) * size
-            x[lane], used[lane] = _encode_lane(
-                symbols, first + shared * run, min(total, first + size), run, table_of_run, tables, uint64(0), words[lane], 0
-            )
+            x[lane], used[lane] = _encode_lane(symbols, first + shared * run, min(total, first + size), run, table_of_run, tables, words[lane])
         _encode_four(symbols, s * size, size, run, shared, table_of_run, tables, x, words, used)
         for lane in range(lanes):
-            filled = _append(x[lane], words[lane], used[lane], out, filled)
-            lengths[s + lane] = used[lane] + (x[lane] > uint64(0)) + (x[lane] >= uint64(1 << 32))
-    return filled
+            ends[s + lane + 1] = _append(x[lane], words[lane], used[lane], out, ends[s + lane] + 1) - 1
 
 
 @helper
@@ -214,7 +215,7 @@ def decode(words: Array, ends: Array, run: int, per: int, table_of_run: Array, t
         lanes = min(4, len(ends) - 1 - s)
         for lane in range(lanes):
             _start(words, ends[s + lane], ends[s + lane + 1], x, at, lane)
-        shared = 0 if lanes < 4 else (min(total, (s + 4) * size) - (s + 3) * size) // run
+        shared = _shared(total, s, size, run, lanes)
         _decode_four(words, ends[s:], s * size, size, run, shared, table_of_run, tables, x, at, out)
         for lane in range(lanes):
             first = (s + lane) * size
@@ -288,7 +289,7 @@ def decode_ternary(words: Array, ends: Array, run: int, per: int, table_of_run: 
         lanes = min(4, len(ends) - 1 - s)
         for lane in range(lanes):
             _start(words, ends[s + lane], ends[s + lane + 1], x, at, lane)
-        shared = 0 if lanes < 4 else (min(total, (s + 4) * size) - (s + 3) * size) // run
+        shared = _shared(total, s, size, run, lanes)
         _third_four(words, ends[s:], s * size, size, run, shared, table_of_run, thirds, x, at, base, out)
         for lane in range(lanes):
             first = (s + lane) * size

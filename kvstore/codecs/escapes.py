@@ -32,7 +32,7 @@ class Escapes(NamedTuple):
 
     def correct(self, coded: I64) -> I64:
         """The true values of the symbols at `at`."""
-        return coded + np.sign(coded) * self.excess
+        return np.asarray(coded + np.sign(coded) * self.excess, np.int64)
 
     def split(self, sizes: Sequence[int]) -> list[Escapes]:
         """One for each of the rows of `sizes` symbols laid end to end. Raises IntegrityError for positions beyond the last."""

@@ -131,17 +131,23 @@ def step_of(values: Floats, top: float, thousandths: float, *, centred: bool) ->
         return np.float32(1), typical
     scaled = values * np.float32(1 / top)
     energy = _energy(scaled, typical, centred)
-    median = float(np.median(energy))
+    median = _middle(energy)
     if float(energy.max()) > OUTLIER * median > 0:
         typical = energy <= OUTLIER * median
         energy = _energy(scaled, typical, centred)
-    spread = math.sqrt(float(np.median(energy)) or float(energy.mean()))
+    spread = math.sqrt(_middle(energy) or float(energy.mean()))
     return np.float32(top * max(thousandths / 1000 * spread, FINEST)), typical
 
 
 def _energy(values: Floats, typical: npt.NDArray[np.bool_], centred: bool) -> Floats:
     """float32 [tokens]: mean square per token, as unbiased as the mean allows."""
     count = int(typical.sum())
-    rest = values - values[typical].mean(axis=0) if centred else values
+    chosen = values if typical.all() else values[typical]
+    rest = values - chosen.mean(axis=0) if centred else values
     squares: Floats = np.einsum("tc,tc->t", rest, rest)
     return squares * np.float32((count / max(1, count - 1) if centred else 1) / values.shape[1])
+
+
+def _middle(numbers: Floats) -> float:
+    """The upper median; a tenth of the time of numpy's."""
+    return float(np.partition(numbers, len(numbers) // 2)[len(numbers) // 2])

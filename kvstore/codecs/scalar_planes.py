@@ -9,8 +9,9 @@ Refinement record: header; lengths; words.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -81,10 +82,9 @@ def assemble(header: Header, planes: Sequence[EncodedPlane]) -> list[bytes]:
     return [first, to_record(replace(header, level=1).bytes(), *_joined([p.refinement for p in planes]))]
 
 
-def _joined(streams: Sequence[ans.Coded]) -> Iterator[bytes]:
-    """Lengths, padded to words; words without their guards."""
-    lengths = to_record(*(coded.lengths.astype("<u2") for coded in streams))
-    return iter((lengths, *(coded.words[1:].astype("<u4").tobytes() for coded in streams)))
+def _joined(rows: Sequence[ans.Coded]) -> list[bytes]:
+    """Lengths of all streams, padded to whole words, and their words."""
+    return [to_record(*(row.lengths() for row in rows)), *(row.content() for row in rows)]
 
 
 def _offsets(levels: I32, typical: npt.NDArray[np.bool_]) -> I32:
@@ -95,7 +95,7 @@ def _offsets(levels: I32, typical: npt.NDArray[np.bool_]) -> I32:
 
 def _encode_side(row: npt.NDArray[Any]) -> Side:
     built, values = tables(), row.astype(np.int64)
-    centre = int(np.median(values))
+    centre = int(np.partition(values, len(values) // 2)[len(values) // 2])
     rest = values - centre
     table = int(np.searchsorted(class_bounds(0), np.abs(rest).sum() * 65536 // len(rest)))
     most = int(built.largest[table])
@@ -114,8 +114,8 @@ def decode(records: Sequence[Record], kinds: Sequence[Plane], out: Array) -> Non
     readers = [Reader(words_of(record), HEADER_WORDS) for record in records]
     heads = [_read_head(readers[0].take_bytes(HEAD.itemsize)) for _ in range(2 * len(out))]
     planes = [kinds[i % 2] for i in range(len(heads))]
-    base = _read_streams(readers[0], [runs for plane in planes for runs in _base_runs(plane)])
-    fine = _read_streams(readers[1], [_base_runs(plane)[-1] for plane in planes]) if len(records) > 1 else None
+    base = ans.take(readers[0], [runs.streams for plane in planes for runs in _base_runs(plane)])
+    fine = ans.take(readers[1], [_base_runs(plane)[-1].streams for plane in planes]) if len(records) > 1 else None
     escapes = EscapeReader(readers[0], [(head.escapes, head.widths) for head in heads])
     for reader in readers:
         reader.finish()
@@ -131,17 +131,11 @@ def _read_head(raw: npt.NDArray[np.uint8]) -> Head:
     return head._replace(step=np.float32(head.step))
 
 
-def _base_runs(plane: Plane) -> list[ans.Runs]:
+@lru_cache(256)
+def _base_runs(plane: Plane) -> tuple[ans.Runs, ...]:
     """How the rows of a plane's base record are cut into streams."""
     sides = [plane.runs, plane.channels] if plane.channel_major else [plane.runs]
-    return [*(ans.cut(count, ans.STREAM) for count in sides), ans.cut(plane.size, plane.run)]
-
-
-def _read_streams(reader: Reader, rows: Sequence[ans.Runs]) -> Iterator[ans.Coded]:
-    counts = [runs.streams for runs in rows]
-    lengths = reader.take_bytes(2 * sum(counts)).view("<u2").astype(np.uint16)
-    ends = np.cumsum([0, *counts])
-    return iter([ans.take(reader, lengths[first:last]) for first, last in zip(ends, ends[1:], strict=False)])
+    return (*(ans.cut(count, ans.STREAM) for count in sides), ans.cut(plane.size, plane.run))
 
 
 def _decode_plane(head: Head, plane: Plane, base: list[ans.Coded], fine: ans.Coded | None, escapes: Escapes, out: Floats) -> None:

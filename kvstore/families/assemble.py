@@ -24,7 +24,7 @@ def dynamic_cache(config: Any, layers: Sequence[KeysValues]) -> DynamicCache:
     cache = DynamicCache(config=config)
     _check_layers(cache, DynamicLayer, len(layers))
     for layer, (keys, values) in zip(cache.layers, layers, strict=True):
-        layer.lazy_initialization(keys, values)
+        _initialize(layer, keys, values)
         layer.keys, layer.values = keys, values
     return cache
 
@@ -54,8 +54,9 @@ def static_slots(config: Any, like: Sequence[KeysValues], max_length: int) -> tu
     _check_layers(cache, StaticLayer, len(like))
     slots = []
     for layer, (keys, values) in zip(cache.layers, like, strict=True):
-        layer.lazy_initialization(keys, values)
-        layer.cumulative_length.fill_(keys.shape[-2])
+        _initialize(layer, keys, values)
+        if hasattr(layer, "cumulative_length"):  # the first releases of transformers 5 look for rows that are not zero
+            layer.cumulative_length.fill_(keys.shape[-2])
         slots.append((layer.keys[..., : keys.shape[-2], :], layer.values[..., : keys.shape[-2], :]))
     return cache, slots
 
@@ -71,6 +72,11 @@ def share(cache: Cache) -> Cache:
     twin = copy.copy(cache)
     twin.layers = [copy.copy(layer) for layer in cache.layers]
     return twin
+
+
+def _initialize(layer: Any, keys: Tensor, values: Tensor) -> None:
+    """Taking in no token prepares a layer in every release; `lazy_initialization` has changed its arguments."""
+    layer.update(keys[..., :0, :], values[..., :0, :])
 
 
 def _check_layers(cache: Cache, kind: type, count: int) -> None:

@@ -67,6 +67,8 @@ class Collector:
     last: dict[int, Angles] = field(default_factory=dict)  # angles at the last position, per rope
 
     def take(self, layer: int, keys: Tensor, values: Tensor, seen: list[Tensor]) -> None:
+        if layer >= self.layout.layers:
+            raise IncompatibleError(f"layer {layer} has a cache, the layout has {self.layout.layers} layers")
         rope = self.layout.rope_of[layer]
         if rope is None:
             before = keys[0]

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 OnUpdate = Callable[[int, Tensor, Tensor, list[Tensor]], None]
@@ -67,15 +68,24 @@ def _updates(cache: Cache, on_update: OnUpdate, seen: list[Tensor]) -> Iterator[
 
 
 def _functions(model: nn.Module) -> list[tuple[Any, str]]:
-    """(module, name) of the plain functions that the model's cache-updating layers call by name."""
-    kinds = {base for m in model.modules() for base in type(m).__mro__ if "forward" in vars(base) and base is not nn.Module}
+    """(module, name) of the functions that the model's cache-updating layers call by name."""
     found: dict[tuple[str, str], tuple[Any, str]] = {}
-    for kind in kinds:
-        names, module = _names(kind), sys.modules.get(kind.__module__)
-        for name in names if "update" in names else ():
-            if isinstance(getattr(module, name, None), FunctionType):
-                found[kind.__module__, name] = (module, name)
+    for kind in {type(m) for m in model.modules() if not isinstance(m, PreTrainedModel)}:
+        bases = [base for base in kind.__mro__ if base is not object and not base.__module__.startswith("torch.")]
+        names = {base: _names(base) for base in bases}
+        if not any("update" in used for used in names.values()):
+            continue
+        for base in bases:
+            module = sys.modules.get(base.__module__)
+            for name in names[base]:
+                if _is_function(getattr(module, name, None)):
+                    found[base.__module__, name] = (module, name)
     return list(found.values())
+
+
+def _is_function(value: Any) -> bool:
+    """A plain function, or an object in its place: hub kernels are called like functions but are modules."""
+    return callable(value) and not isinstance(value, type) and type(value).__module__ != "typing"
 
 
 def _names(kind: type) -> set[str]:

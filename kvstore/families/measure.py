@@ -70,18 +70,16 @@ def _measure(model: nn.Module, found: Inspection) -> None:
     singles, far = Singles(model, probe_ids(model)), furthest_position(model)
     offsets = sorted({9, far // 3, far})
     found.measurements["offsets"] = [0, *offsets]
-    _check_shapes(singles, found)
-    if found.problems:
-        return
-    _check_values(singles, offsets, found)
-    if found.problems:
-        return
+    for look in (_check_shapes, _check_finite, _check_values):
+        look(singles, offsets, found)
+        if found.problems:
+            return
     fits = _fit_layers(model, singles, offsets, found)
     if not found.problems:
         found.layout = _layout(model, fits, far, found)
 
 
-def _check_shapes(singles: Singles, found: Inspection) -> None:
+def _check_shapes(singles: Singles, offsets: Sequence[int], found: Inspection) -> None:
     """Keys and values of one shape [kv_heads, head_dim] in all layers, and of one dtype that kvstore stores."""
     layers = singles.cache(0).layers
     shapes = [(tuple(x.keys.shape), tuple(x.values.shape)) for x in layers]
@@ -96,6 +94,15 @@ def _check_shapes(singles: Singles, found: Inspection) -> None:
         found.problems.append(f"{listed(odd)}: keys, values {shapes[odd[0]]}; expected {shapes[0]} as in layer 0")
     if len(dtypes) != 1 or not dtypes <= set(get_args(ValueDtype)):
         found.problems.append(f"the cache holds {', '.join(sorted(dtypes))}; expected one of {', '.join(get_args(ValueDtype))}")
+
+
+def _check_finite(singles: Singles, offsets: Sequence[int], found: Inspection) -> None:
+    """Nothing can be measured on keys that are NaN or infinite, and NaN passes every comparison with a limit."""
+    passes = [singles.cache(position).layers for position in (0, *offsets)]
+    both = [[torch.stack([x[i].keys, x[i].values]) for x in passes] for i in range(len(passes[0]))]
+    bad = [i for i, tensors in enumerate(both) if not all(bool(t.isfinite().all()) for t in tensors)]
+    if bad:
+        found.problems.append(f"{listed(bad)}: keys or values are not finite; expected finite numbers")
 
 
 def _check_values(singles: Singles, offsets: Sequence[int], found: Inspection) -> None:

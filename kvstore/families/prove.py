@@ -77,12 +77,12 @@ def _wholes(record: RopeRecord, sample: Seen) -> Iterator[Tensor]:
 
 
 def _scalings(record: RopeRecord, samples: Sequence[Seen], known: Sequence[float]) -> list[float]:
-    """Those of `known` and 1.0 that lie within 1 % of the measured scaling; else the measured one itself."""
+    """Those of `known` and 1.0 that lie within 0.1 % of the measured scaling; else the measured one itself."""
     measured = [m for m in (_measured(record, sample) for sample in samples) if m is not None]
     if not measured:
         return []
     middle = median(measured)
-    near = [s for s in dict.fromkeys([1.0, *known]) if abs(s - middle) < 0.01 * middle]
+    near = [s for s in dict.fromkeys([1.0, *known]) if abs(s - middle) < 1e-3 * middle]
     return near or [float(torch.tensor(middle, dtype=torch.float32))]
 
 

@@ -114,9 +114,9 @@ def _rotate_functional(k: Tensor, angles: Angles, record: RopeRecord) -> Tensor:
 
 
 def residual(got: Tensor, want: Tensor) -> float:
-    """Norm of the difference over the norm of `want`, in float32 (inf where `want` is zero)."""
-    scale = float(want.float().norm())
-    return float((got.float() - want.float()).norm()) / scale if scale else float("inf")
+    """Norm of the difference over the norm of `want`, in float32; inf where only `want` is zero."""
+    difference, scale = float((got.float() - want.float()).norm()), float(want.float().norm())
+    return difference / scale if scale else (0.0 if difference == 0.0 else float("inf"))
 
 
 def tolerance(dtype: torch.dtype, position: int) -> float:

@@ -1,0 +1,116 @@
+"""A second reader of the format, written from `schemas/README.md` alone with nothing but the standard library, to prove that the page is enough.
+
+Slow and without mercy for damaged input: `assert` stands for what a real reader refuses.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.plain_codecs import DECODERS, Header, header
+
+def canonical(value: Any) -> bytes:
+    """Section 2."""
+    kinds = {type(None): b"n", bool: b"t", int: b"i", str: b"s", bytes: b"b", list: b"l", dict: b"m"}
+    tag = kinds[type(value)]
+    if tag == b"m":
+        payload = b"".join(canonical(k) + canonical(v) for k, v in sorted(value.items()))
+    elif tag == b"l":
+        payload = b"".join(canonical(v) for v in value)
+    else:
+        payload = {b"n": lambda: b"", b"t": lambda: bytes([value]), b"i": lambda: b"%d" % value, b"s": lambda: value.encode(), b"b": lambda: value}[tag]()
+    return tag + struct.pack("<Q", len(payload)) + payload
+
+
+def digest(domain: str, value: Any) -> str:
+    return hashlib.sha256(canonical(domain) + canonical(value)).hexdigest()
+
+
+def crc32c(data: bytes) -> int:
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+    return crc ^ 0xFFFFFFFF
+
+
+@dataclass
+class Row:
+    """Section 5, `segments`."""
+
+    key: str
+    parent: str
+    context: int
+    position: int
+    start: int
+    tokens: int
+    ranges: list[tuple[int, int, str]]
+
+
+def parse_row(data: bytes, tiers: int) -> Row:
+    key, parent, context, position, start, tokens = struct.unpack_from("<32s32sIIQI", data)
+    ranges = [struct.unpack_from("<QQ32s", data, 84 + 48 * t) for t in range(tiers)]
+    assert len(data) == 84 + 48 * tiers
+    return Row(key.hex(), parent.hex(), context, position, start, tokens, [(o, n, sha.hex()) for o, n, sha in ranges])
+
+
+class PlainPack:
+    """A pack folder."""
+
+    def __init__(self, folder: Path):
+        data = (folder / "zarr.json").read_bytes()
+        assert hashlib.sha256(data).hexdigest() == folder.name
+        self.folder, self.manifest = folder, json.loads(data)["attributes"]["kvstore"]
+        self.layout, self.encoding = self.manifest["layout"], self.manifest["encoding"]
+        self.tiers = self.encoding["tiers"]
+        size = 84 + 48 * len(self.tiers)
+        table = (folder / "segments" / "c.0.0").read_bytes()
+        self.rows = [parse_row(table[i : i + size], len(self.tiers)) for i in range(0, len(table), size)]
+        ids = gzip.decompress((folder / "tokens" / "c.0").read_bytes())
+        self.slots = struct.unpack(f"<{len(ids) // 4}I", ids)
+        self.channels = self.layout["kv_heads"] * self.layout["head_dim"]
+
+    def ids(self, row: Row) -> list[int]:
+        return list(self.slots[row.start : row.start + row.tokens])
+
+    def records(self, row: Row, tier: int) -> list[list[bytes]]:
+        """[group][block], every checksum compared."""
+        shard = (self.folder / self.tiers[tier]["array"] / "c.0.0.0.0").read_bytes()
+        offset, size, sha = row.ranges[tier]
+        assert hashlib.sha256(shard[offset : offset + size]).hexdigest() == sha
+        block, groups = self.encoding["block_tokens"], -(-self.layout["layers"] // self.encoding["group_layers"])
+        blocks = self.manifest["slots"] // block
+        index = shard[-(groups * blocks * 16 + 4) : -4]
+        assert struct.pack("<I", crc32c(index)) == shard[-4:]
+        mine = range(row.start // block, row.start // block + -(-row.tokens // block))
+        places = [[struct.unpack_from("<QQ", index, 16 * (g * blocks + b)) for b in mine] for g in range(groups)]
+        units = [[shard[o : o + n] for o, n in group] for group in places]
+        assert all(struct.pack("<I", crc32c(u[:-4])) == u[-4:] for group in units for u in group)
+        return [[u[:-4] for u in group] for group in units]
+
+    def decode(self, row: Row, name: str) -> list[Any]:
+        """Values [layers, 2, tokens, channels] in C order: whole numbers (bit patterns) or floats."""
+        tier = next(t for t in self.tiers if t["name"] == name)
+        chain = [i for i, t in enumerate(self.tiers) if t["name"] in (*tier["requires"], name)]
+        params = next(c for c in self.encoding["codecs"] if c["name"] == tier["codec"])["params"]
+        stored = [self.records(row, i) for i in chain]
+        out: list[Any] = [None] * (self.layout["layers"] * 2 * row.tokens * self.channels)
+        for g in range(len(stored[0])):
+            for b in range(len(stored[0][0])):
+                unit = [s[g][b] for s in stored]
+                values = DECODERS[tier["codec"]](unit, params, self.layout["dtype"])
+                self._place(values, header(unit[0]), row.tokens, g, b, out)
+        return out
+
+    def _place(self, values: list[Any], head: Header, tokens: int, g: int, b: int, out: list[Any]) -> None:
+        width, first = head.tokens * self.channels, b * self.encoding["block_tokens"]
+        for plane in range(2 * head.layers):
+            at = ((2 * g * self.encoding["group_layers"] + plane) * tokens + first) * self.channels
+            out[at : at + width] = values[plane * width : (plane + 1) * width]
