@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from kvstore.errors import InputError
+from kvstore.errors import InputError, KvstoreError
 from kvstore.manifest import Row
 from kvstore.store import Store, Stored
 
@@ -63,6 +64,7 @@ class OpenStore(Store):
             self.source.require_known(self)
             if self.source.is_object and self.has_model(self.source.identity.key):
                 self.source.check(self)
+                self._warm_up()
 
     @cached_property
     def source(self) -> ModelSource:
@@ -78,8 +80,14 @@ class OpenStore(Store):
         """The live model. Raises IncompatibleError where it does not compute what the store holds."""
         self.source.require_known(self)
         if not self.source.is_object:
+            self._warm_up()  # while the weights are read
             self.source.check(self)
         return self.source.model
+
+    def _warm_up(self) -> None:
+        with suppress(KvstoreError):  # what is missing or damaged is for the load that wants it to report
+            for row in self.rows(model=self.source.identity.key)[:1]:
+                self._decoder.warm_up(self.artifacts(row)[-1])
 
     @cached_property
     def _decoder(self) -> Decoder:
@@ -158,7 +166,7 @@ class OpenStore(Store):
 
         model = self.source.identity.key if self._given is not None else None
         artifact = self.artifact(source, model=model, **self._choice)
-        return read(artifact, Quality(tier, max_kl, max_bytes, deadline), self._decoder, position, device)
+        return read(artifact, source, Quality(tier, max_kl, max_bytes, deadline), self._decoder, position, device)
 
     def match(self, text: str, source: str | None = None) -> Match:
         """The longest stored run for a text, and where it first differs."""

@@ -59,11 +59,6 @@ class GcReport:
     damaged: list[str] = field(default_factory=list)
 
 
-def pack_bytes(pack: Pack) -> int:
-    """Bytes of all files of a pack."""
-    return sum(f.bytes for f in pack.manifest.files.values()) + pack.storage.size(f"{pack.folder}/zarr.json")
-
-
 def copy_segment(pack: Pack, segment: Segment, writer: PackWriter) -> None:
     """Append a segment to another pack, unit by unit as stored. Raises IntegrityError where its digests do not come out the same."""
     context = Context(segment.context, segment.parent or (), segment.position)
@@ -151,6 +146,8 @@ class Collector:
 
     def _judge(self, pack: Pack) -> None:
         """Drop, rewrite or keep one pack."""
+        if not self.storage.exists(pack.folder):
+            return  # somebody else was faster
         live, (bad, broken) = self._live(pack), self._damage(pack)
         young = self.storage.age(pack.folder) < self.rules.grace_seconds
         stay = (live | young) & ~bad
@@ -175,7 +172,7 @@ class Collector:
         return bad, bool(problems)
 
     def _drop(self, pack: Pack, bad: Mask) -> bool:
-        size = pack_bytes(pack)
+        size = pack.nbytes
         if not self._retire(pack, bad):
             return False
         self.report.packs_removed.append(pack.name)
@@ -184,17 +181,14 @@ class Collector:
 
     def _rewrite(self, pack: Pack, stay: Mask, bad: Mask) -> bool:
         """Publish a pack of the rows that stay, then retire the old one, which is left alone where one of them is damaged."""
-        name, size = self._copy(pack, stay), pack_bytes(pack)
+        name = self._copy(pack, stay)
         if name is None:
             return False
-        if name == pack.name:  # nothing was dead: the damage is mended in place
-            freed = 0
-        elif name:
-            freed = size - self._move_in(pack, stay, name)
-        else:
-            freed = int(sum(pack.rows[f"{t.array}.nbytes"][~stay].sum() for t in pack.encoding.tiers))
-        if name != pack.name and not self._retire(pack, bad):
-            return False
+        freed = int(sum(pack.rows[f"{t.array}.nbytes"][~stay].sum() for t in pack.encoding.tiers))
+        if name and name != pack.name:  # the same name: nothing was dead, and the damage is mended in place
+            if (size := self._move_in(pack, stay, name)) is None or not self._retire(pack, bad):
+                return False
+            freed = pack.nbytes - size
         self.report.packs_rewritten[pack.name] = name
         self.report.bytes_freed += freed
         return True
@@ -210,18 +204,22 @@ class Collector:
                 copy_segment(pack, pack.segment(int(row)), writer)
             return writer.close()
         except (IntegrityError, NotFoundError) as error:
-            self.report.damaged.append(f"{pack.name}: {error}")
+            if self.storage.exists(pack.folder):
+                self.report.damaged.append(f"{pack.name}: {error}")
             return None
         finally:
             writer.abandon()
 
-    def _move_in(self, pack: Pack, stay: Mask, name: str) -> int:
-        """The rows that stay have their home in the new pack from now on. Its bytes."""
-        moved = Pack(self.storage, name)
+    def _move_in(self, pack: Pack, stay: Mask, name: str) -> int | None:
+        """The rows that stay have their home in the new pack from now on. Its bytes, None where another gc has taken it already."""
+        try:
+            moved = Pack(self.storage, name)
+        except NotFoundError:
+            return None
         rows = {key: row for row, key in enumerate(pack_keys(moved))}
         keys, encoding = pack_keys(pack), pack.manifest.encoding_id
         self.home |= {(encoding, keys[row]): (name, rows[keys[row]]) for row in np.flatnonzero(stay)}
-        return pack_bytes(moved)
+        return moved.nbytes
 
     def _retire(self, pack: Pack, bad: Mask) -> bool:
         """Delete a pack, unless a builder has just taken it up, or a readable row is reached by now and lies nowhere else."""

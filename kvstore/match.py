@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ import numpy.typing as npt
 from kvstore.errors import InputError
 from kvstore.identity import id_bytes
 from kvstore.manifest import Row
-from kvstore.pack import Pack, Segment
+from kvstore.pack import Pack
 from kvstore.store import Store, describe
 
 
@@ -39,14 +40,11 @@ class Match:
 
 @dataclass(frozen=True)
 class _Candidate:
-    pack: Pack
-    segment: Segment
-    matched: int
+    """`rank`: higher is better. A whole segment first, then the longest common beginning, then the least that follows it."""
 
-    def rank(self, total: int) -> tuple[bool, int, int]:
-        """Higher is better: a whole segment first, then the longest common beginning, then the least that follows it."""
-        exact = self.matched == total == self.segment.tokens
-        return exact, self.matched, -self.segment.tokens
+    pack: Pack
+    row: int
+    rank: tuple[bool, int, int]
 
 
 def match(store: Store, ids: Sequence[int], *, model: str, template: str, encoding: str, source: str | None = None) -> Match:
@@ -56,42 +54,24 @@ def match(store: Store, ids: Sequence[int], *, model: str, template: str, encodi
     """
     if not len(ids):
         raise InputError("there are no token ids to match", remedy="give a text that is not empty")
-    rows = store.rows(model=model, template=template, encoding=encoding)
-    own = set().union(*(r.segment_keys() for r in rows if r.source == source)) if source is not None else set()
     wanted = np.frombuffer(id_bytes(ids), "<u4")
-    best, best_own = _best(_packs(store, model, encoding), wanted, own)
-    chosen = best if best_own is None or (best is not None and best.rank(len(wanted))[0]) else best_own
-    return Match(0, len(wanted)) if chosen is None else _result(chosen, wanted, rows, source)
+    rows = store.rows(model=model, template=template, encoding=encoding)
+    own = {bytes.fromhex(k) for r in rows if r.source == source for p in r.passages for k in (p.prefix, p.isolated) if k}
+    packs = [p for p in map(store.index.pack, store.index.packs()) if (p.manifest.model, p.manifest.encoding_id) == (model, encoding)]
+    found = [c for p in packs for c in _best(p, wanted, own)]
+    mine = [c for c in found if c.rank[0] or c.pack.rows["key"][c.row].tobytes() in own]
+    best = max(mine or found, key=lambda c: c.rank, default=None)
+    return Match(0, len(wanted)) if best is None else _result(best, wanted, rows, source)
 
 
-def _packs(store: Store, model: str, encoding: str) -> list[Pack]:
-    packs = map(store.index.pack, store.index.packs())
-    return [p for p in packs if p.manifest.model == model and p.manifest.encoding_id == encoding]
-
-
-def _best(packs: Sequence[Pack], wanted: npt.NDArray[np.uint32], own: set[str]) -> tuple[_Candidate | None, _Candidate | None]:
-    """The best of all segments, and the best of those in `own`."""
-    best: list[_Candidate | None] = [None, None]
-    for pack in packs:
-        lengths = common_prefixes(pack, wanted)
-        mine = np.fromiter((k.tobytes().hex() in own for k in pack.rows["key"]), np.bool_, len(lengths)) if own else np.zeros(len(lengths), np.bool_)
-        for at, among in enumerate((np.ones(len(lengths), np.bool_), mine)):
-            for row in _leaders(lengths, pack.rows["tokens"], among, len(wanted), least=0 if at else 1):
-                found = _Candidate(pack, pack.segment(row), int(lengths[row]))
-                held = best[at]
-                if held is None or found.rank(len(wanted)) > held.rank(len(wanted)):
-                    best[at] = found
-    return best[0], best[1]
-
-
-def _leaders(lengths: npt.NDArray[np.int64], tokens: npt.NDArray[np.uint32], among: npt.NDArray[np.bool_], total: int, least: int) -> list[int]:
-    """The row with the longest beginning in common, of `least` tokens or more; of several the shortest one."""
-    rows = np.flatnonzero(among & (lengths >= least))
-    if not len(rows):
-        return []
-    exact = (lengths[rows] == total) & (tokens[rows] == total)
-    order = np.lexsort((tokens[rows], -lengths[rows], ~exact))
-    return [int(rows[order[0]])]
+def _best(pack: Pack, wanted: npt.NDArray[np.uint32], own: set[bytes]) -> list[_Candidate]:
+    """The best row of those that share a token at all, and the best of those in `own`."""
+    lengths, tokens = common_prefixes(pack, wanted), pack.rows["tokens"].astype("i8")
+    exact = (lengths == len(wanted)) & (tokens == len(wanted))
+    order = np.lexsort((tokens, -lengths, ~exact))
+    mine = (row for row in order if pack.rows["key"][row].tobytes() in own) if own else iter(())
+    rows = [*order[: int(lengths[order[0]] > 0)], *itertools.islice(mine, 1)]
+    return [_Candidate(pack, int(r), (bool(exact[r]), int(lengths[r]), -int(tokens[r]))) for r in rows]
 
 
 def common_prefixes(pack: Pack, wanted: npt.NDArray[np.uint32]) -> npt.NDArray[np.int64]:
@@ -109,12 +89,12 @@ def common_prefixes(pack: Pack, wanted: npt.NDArray[np.uint32]) -> npt.NDArray[n
     return lengths
 
 
-def _result(chosen: _Candidate, wanted: npt.NDArray[np.uint32], rows: Sequence[Row], source: str | None) -> Match:
-    segment, at = chosen.segment, chosen.matched
-    ids = chosen.pack.ids(segment)
-    names = sorted(_names(rows, segment.key), key=lambda n: (n.partition("#")[0] != source, n))
-    return Match(at, len(wanted), segment.tokens, segment.key, segment.context, tuple(names),
-                 given=int(wanted[at]) if at < len(wanted) else None, found=int(ids[at]) if at < len(ids) else None)  # fmt: skip
+def _result(best: _Candidate, wanted: npt.NDArray[np.uint32], rows: Sequence[Row], source: str | None) -> Match:
+    segment, at = best.pack.segment(best.row), best.rank[1]
+    ids = best.pack.ids(segment)
+    names = sorted(_names(rows, segment.key), key=lambda n: (n.rpartition("#")[0] != source and n != source, n))
+    given, found = (int(side[at]) if at < len(side) else None for side in (wanted, ids))
+    return Match(at, len(wanted), segment.tokens, segment.key, segment.context, tuple(names), given, found)
 
 
 def _names(rows: Sequence[Row], key: str) -> set[str]:

@@ -63,6 +63,7 @@ class Pack:
             raise IntegrityError(f"{self.folder}/zarr.json does not match its name", remedy=_DAMAGED)
         self.manifest = parse_group(data, PackManifest, f"{self.folder}/zarr.json")
         require_manifest(self.manifest, f"{self.folder}/zarr.json")
+        self.nbytes = len(data) + sum(f.bytes for f in self.manifest.files.values())
         self._intact: set[tuple[str, str]] = set()
         self._maps: dict[str, memoryview] = {}
         self._indexes: dict[str, npt.NDArray[np.uint64]] = {}

@@ -14,7 +14,8 @@ from kvstore.manifest import Encoding, Layout, PackManifest, RopeRecord
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}")
 _RESERVED = {"tokens", "segments"}
 _LIMITS = {"layers": 1 << 14, "kv_heads": 1 << 14, "head_dim": 1 << 16}
-MAX_BLOCK = 1 << 16
+MAX_BLOCK = 1 << 12  # as codecs/base.py
+MAX_CHANNELS = 1 << 20
 MAX_SLOTS = 1 << 40
 
 
@@ -30,6 +31,8 @@ def _layout_problem(layout: Layout) -> str | None:
     for name, most in _LIMITS.items():
         if not 1 <= getattr(layout, name) <= most:
             return f"layout.{name} is {getattr(layout, name)}"
+    if layout.channels > MAX_CHANNELS:
+        return f"layout has {layout.channels} channels"
     if len(layout.rope_of) != layout.layers:
         return f"layout.rope_of names {len(layout.rope_of)} layers of {layout.layers}"
     if any(r is not None and not 0 <= r < len(layout.ropes) for r in layout.rope_of):
@@ -55,6 +58,8 @@ def _encoding_problem(encoding: Encoding) -> str | None:
                         ("codec", [c.name for c in encoding.codecs])):  # fmt: skip
         if not names or len(set(names)) != len(names):
             return f"encoding has no {kind}, or one twice"
+    if any(c.calibration is not None for c in encoding.codecs):
+        return "encoding names a calibration, which no codec of this version has"
     return next((p for p in (_tier_problem(encoding, i) for i in range(len(encoding.tiers))) if p), None)
 
 

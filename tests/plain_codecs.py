@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -60,11 +61,11 @@ def ans_decode(words: list[int], models: list[Model], run: int, count: int) -> l
     while left and x < 1 << 32:
         x = x << 32 | left.pop()
     for i in range(count):
-        quantile, first = x >> 12 & 0xFFF, 0
-        for symbol, weight in models[i // run]:
-            if quantile < first + weight:
-                break
+        quantile, first, model = x >> 12 & 0xFFF, 0, iter(models[i // run])
+        symbol, weight = next(model)
+        while quantile >= first + weight:
             first += weight
+            symbol, weight = next(model)
         out.append(symbol)
         x = ((x >> 24) * weight + quantile - first) << 12 | x & 0xFFF
         if x < 1 << 32 and left:
@@ -207,4 +208,4 @@ def lossless_plane(words: Words, h: Header, width: int) -> list[int]:
     return out
 
 
-DECODERS = {"raw": raw, "scalar": scalar, "lossless": lossless}
+DECODERS: dict[str, Callable[[list[bytes], Any, str], list[Any]]] = {"raw": raw, "scalar": scalar, "lossless": lossless}

@@ -9,27 +9,61 @@ import gzip
 import hashlib
 import json
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 from tests.plain_codecs import DECODERS, Header, header
 
+TAGS: dict[type, Callable[[Any], tuple[bytes, bytes]]] = {
+    type(None): lambda v: (b"n", b""),
+    bool: lambda v: (b"t", bytes([v])),
+    int: lambda v: (b"i", b"%d" % v),
+    str: lambda v: (b"s", v.encode()),
+    bytes: lambda v: (b"b", v),
+    list: lambda v: (b"l", b"".join(map(canonical, v))),
+    dict: lambda v: (b"m", b"".join(canonical(k) + canonical(v[k]) for k in sorted(v))),
+}
+
+
 def canonical(value: Any) -> bytes:
     """Section 2."""
-    kinds = {type(None): b"n", bool: b"t", int: b"i", str: b"s", bytes: b"b", list: b"l", dict: b"m"}
-    tag = kinds[type(value)]
-    if tag == b"m":
-        payload = b"".join(canonical(k) + canonical(v) for k, v in sorted(value.items()))
-    elif tag == b"l":
-        payload = b"".join(canonical(v) for v in value)
-    else:
-        payload = {b"n": lambda: b"", b"t": lambda: bytes([value]), b"i": lambda: b"%d" % value, b"s": lambda: value.encode(), b"b": lambda: value}[tag]()
+    tag, payload = TAGS[type(value)](value)
     return tag + struct.pack("<Q", len(payload)) + payload
 
 
 def digest(domain: str, value: Any) -> str:
     return hashlib.sha256(canonical(domain) + canonical(value)).hexdigest()
+
+
+def compact(value: Any) -> str:
+    """Section 2, compact JSON."""
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{compact(k)}:{compact(value[k])}" for k in sorted(value)) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(map(compact, value)) + "]"
+    if isinstance(value, str):
+        return '"' + "".join(ESCAPES.get(c) or (f"\\u{ord(c):04x}" if c < " " else c) for c in value) + '"'
+    return compact_float(value) if isinstance(value, float) else json.dumps(value)
+
+
+ESCAPES = {'"': '\\"', "\\": "\\\\", "\b": "\\b", "\t": "\\t", "\n": "\\n", "\f": "\\f", "\r": "\\r"}
+
+
+def compact_float(value: float) -> str:
+    """The value is 0.d1d2... times ten to the k."""
+    sign, digits, exponent = Decimal(repr(value)).normalize().as_tuple()
+    text, minus = "".join(map(str, digits)), "-" * sign
+    k = len(text) + int(exponent)
+    if value == 0:
+        return minus + "0.0"
+    if not -5 < k <= 16:
+        return minus + text[0] + ("." + text[1:] if text[1:] else "") + f"e{k - 1}"
+    if k <= 0:
+        return minus + "0." + "0" * -k + text
+    return minus + text[:k].ljust(k, "0") + "." + (text[k:] or "0")
 
 
 def crc32c(data: bytes) -> int:
@@ -105,7 +139,7 @@ class PlainPack:
         for g in range(len(stored[0])):
             for b in range(len(stored[0][0])):
                 unit = [s[g][b] for s in stored]
-                values = DECODERS[tier["codec"]](unit, params, self.layout["dtype"])
+                values: list[Any] = DECODERS[tier["codec"]](unit, params, self.layout["dtype"])
                 self._place(values, header(unit[0]), row.tokens, g, b, out)
         return out
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import msgspec
@@ -27,8 +28,8 @@ from kvstore.manifest import (
 )
 from kvstore.pack_writer import PackWriter
 from kvstore.snapshot import Change
-from kvstore.store import Store, add_model, add_template, create
 from kvstore.storage.local import LocalStorage
+from kvstore.store import Store, add_model, add_template, create
 
 ROPE = RopeRecord(0, 8, "half", np.asarray([1.0, 0.5, 0.25, 0.125], "<f4").tobytes().hex(), 1.0, "model", "default")
 LAYOUT = Layout(3, 2, 8, "bfloat16", "hooked", (0, None, 0), (ROPE,))
@@ -70,21 +71,23 @@ class Document:
     lengths: tuple[int, ...] = (20,)
 
     def ids(self, passage: int) -> tuple[int, ...]:
-        seed = hashlib.sha256(f"{self.source}/{self.version}/{passage}".encode()).digest()
-        return tuple(np.random.default_rng(list(seed)).integers(10, 50_000, self.lengths[passage]).tolist())
+        data = hashlib.shake_256(f"{self.source}/{self.version}/{passage}".encode()).digest(2 * self.lengths[passage])
+        return tuple((np.frombuffer(data, "<u2").astype(int) + 10).tolist())
 
     def tasks(self) -> list[Task]:
         """The head and the passages, each after the head."""
-        after = Context.parent(HEAD_KEY, len(HEAD))
-        found = [Task(HEAD_KEY, ROOT_CONTEXT, HEAD)]
-        for i in range(len(self.lengths)):
-            found.append(Task(segment_key(MODEL, LAYOUT, after, self.ids(i)), after, self.ids(i)))
-        return found
+        return list(_tasks(self))
 
     def row(self, encoding: Encoding = ENCODING, root: str = "") -> Row:
         passages = tuple(Passage(len(t.ids), prefix=t.key) for t in self.tasks()[1:])
         text = sha256(f"{self.source}/{self.version}/{self.lengths}".encode())
         return Row(self.source, MODEL.key, TEMPLATE.id, encoding.id, text, "whole", HEAD_KEY, passages, root, {"version": self.version})
+
+
+@lru_cache(4096)
+def _tasks(document: Document) -> tuple[Task, ...]:
+    after, passages = Context.parent(HEAD_KEY, len(HEAD)), map(document.ids, range(len(document.lengths)))
+    return (Task(HEAD_KEY, ROOT_CONTEXT, HEAD), *(Task(segment_key(MODEL, LAYOUT, after, ids), after, ids) for ids in passages))
 
 
 def make_units(key: str, tokens: int, encoding: Encoding = ENCODING, layout: Layout = LAYOUT) -> dict[str, list[list[bytes]]]:

@@ -127,7 +127,7 @@ def test_lossless_records_are_the_same_everywhere() -> None:
     """Nothing rounds; another digest is another format."""
     bits = (np.arange(2 * 40 * 48, dtype=np.uint32) ** 2 % 1009 + 0x3F00).astype(np.uint16).reshape(1, 2, 40, 48)
     record = make("lossless").encode(bits, "bfloat16")[0]
-    assert hashlib.sha256(record).hexdigest() == "LOSSLESS"
+    assert hashlib.sha256(record).hexdigest() == "f0fe41409dbcf1fac7f09ff2d618bf849652278b7f0495d7736b8cb2ede45c04"
 
 
 # scalar
@@ -192,11 +192,11 @@ def test_scalar_bounds_hold_for_all_parameters(key: int, value: int, group: int,
 
 
 def test_scalar_rate_is_near_the_entropy_of_gaussian_groups() -> None:
-    """Step 0.42 of the deviation: h(X) - log2(0.42) = 3.30 bits a key, 2.94 a value; side information 0.1."""
+    """h(X) - log2(step / deviation) is 3.20 bits a key, 2.88 a value; the rest is side information and models that do not quite fit."""
     values = np.random.default_rng(0).normal(size=(1, 2, 128, 1024)).astype(np.float32)
     base, fine = make("scalar").encode(to_bits(values, "float32"), "float32")
-    assert 8 * (len(base) + len(fine)) / values.size < 3.24
-    assert 8 * len(base) / values.size < 1.72
+    assert 8 * (len(base) + len(fine)) / values.size < 3.15
+    assert 8 * len(base) / values.size < 1.62
 
 
 def test_scalar_symbols_are_the_same_everywhere() -> None:
@@ -209,7 +209,7 @@ def test_scalar_symbols_are_the_same_everywhere() -> None:
     values = (numbers**3).reshape(40, 96)
     planes = [scalar_planes.encode(values, codec.plane(kind, 40, 96), np.float32(0.75), typical) for kind in (KEY, VALUE)]
     records = scalar_planes.assemble(Header(40, 1, 0, 96), planes)
-    assert [hashlib.sha256(record).hexdigest()[:16] for record in records] == ["BASE", "FINE"]
+    assert [hashlib.sha256(record).hexdigest()[:16] for record in records] == ["70d551d4ab151572", "63352a7f81648202"]
     out = np.zeros((1, 2, 40, 96), np.float32)
     codec.decode(records, out)
     np.testing.assert_array_equal(out[0, VALUE], np.rint(values.astype(np.float64) / 0.75).astype(np.float32) * np.float32(0.75))

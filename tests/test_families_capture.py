@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from transformers.models.llama import modeling_llama
 from kvstore.errors import IncompatibleError, InputError
 from kvstore.families.assemble import dynamic_cache
 from kvstore.families.capture import prefill
+from kvstore.families.hooks import watched
 from kvstore.families.measure import require_layout
 from kvstore.families.rope import rotate
 from kvstore.manifest import Layout
@@ -164,30 +166,48 @@ def test_functions_are_put_back_after_success_and_after_failure(monkeypatch: pyt
     assert vars(modeling_llama) == before
 
 
-def test_other_threads_do_not_leak_in() -> None:
+def test_prefills_side_by_side_do_not_disturb_each_other() -> None:
     """Another model of the same class runs all the while, and two prefills run at once."""
     model, layout = tiny.measured("llama", torch.bfloat16)
-    other, stop, failures = tiny.supported("llama", torch.bfloat16), threading.Event(), []
+    other, stop, functions = tiny.supported("llama", torch.bfloat16), threading.Event(), dict(vars(modeling_llama))
     expected = prefill(model, layout, IDS)[0]
 
     def noise() -> None:
         while not stop.is_set():
             live(other, IDS)
 
-    def work() -> None:
-        for _ in range(10):
-            got = prefill(model, layout, IDS)[0]
-            if not all(torch.equal(a, b) for x, y in zip(got, expected, strict=True) for a, b in zip(x, y, strict=True)):
-                failures.append("other keys")
+    def same() -> bool:
+        runs = [prefill(model, layout, IDS)[0] for _ in range(10)]
+        return all(torch.equal(a, b) for run in runs for x, y in zip(run, expected, strict=True) for a, b in zip(x, y, strict=True))
 
-    threads = [threading.Thread(target=t) for t in (noise, work, work)]
-    for thread in threads:
+    with ThreadPoolExecutor(3) as pool:
+        background = pool.submit(noise)
+        results = [pool.submit(same) for _ in range(2)]
+        wait(results)
+        stop.set()
+    assert background.exception() is None
+    assert all(result.result() for result in results)
+    assert vars(modeling_llama) == functions
+
+
+def test_only_the_watching_threads_tensors_are_seen() -> None:
+    model, _ = tiny.measured("llama")
+    q = cos = torch.ones(1, 2, 4, 16)
+    seen: list[int] = []
+    cache = DynamicCache(config=model.config)
+
+    def call() -> None:
+        modeling_llama.apply_rotary_pos_emb(q, q, cos[:, 0], cos[:, 0])
+
+    with watched(model, cache, lambda layer, keys, values, tensors: seen.append(len(tensors))):
+        thread = threading.Thread(target=call)
         thread.start()
-    for thread in threads[1:]:
         thread.join()
-    stop.set()
-    threads[0].join()
-    assert failures == []
+        cache.update(q, q, 0)
+        call()
+        cache.update(q, q, 1)
+    assert seen == [0, 4]
+    assert "update" not in vars(cache)
 
 
 def test_keys_that_do_not_fit_the_layout_are_refused() -> None:

@@ -88,6 +88,14 @@ def test_a_rotary_nobody_knows_is_found(attention: type[tiny.OddAttention], dtyp
     assert found.measurements["ropes"][0]["exact"] is (attention is tiny.OddAttention or rope_is_exact(found, rope))
 
 
+def test_a_rotation_the_other_way_has_negative_frequencies() -> None:
+    found = inspect_model(tiny.odd_model(tiny.Backwards, torch.bfloat16))
+    assert found.layout is not None, found.problems
+    assert found.layout.ropes[0].frequencies() == pytest.approx(-np.array(tiny.SPEEDS), rel=4e-3)
+    assert found.measurements["ropes"][0]["exact"] is True
+    assert found.measurements["layers"][0]["table"].endswith("wobble")
+
+
 def test_a_scaling_that_no_attribute_holds_is_measured() -> None:
     """The rotation is called as an object with keyword arguments, in a class that inherits its `forward`."""
     found = inspect_model(tiny.odd_model(tiny.Kernelled))

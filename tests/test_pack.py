@@ -94,9 +94,7 @@ def test_one_segment_of_one_tier_is_one_range_of_units_and_checksums(pack: Pack)
     group_layers=st.integers(1, 5),
     contexts=st.lists(st.sampled_from(["root", "anchor", "parent"]), min_size=6, max_size=6),
 )
-def test_any_segments_in_any_geometry_come_out(
-    store: Store, lengths: list[int], block: int, group_layers: int, contexts: list[str]
-) -> None:
+def test_any_segments_in_any_geometry_come_out(store: Store, lengths: list[int], block: int, group_layers: int, contexts: list[str]) -> None:
     encoding = make_encoding(block=block, group_layers=group_layers)
     writer = new_writer(store.storage, encoding)
     wanted = []
@@ -182,9 +180,7 @@ def test_interrupted_segment_leaves_no_trace_in_the_pack(store: Store, where: st
         else:
             write = writer._shards["t1"]._write
             calls = iter(range(100))
-            patch.setattr(
-                writer._shards["t1"], "_write", lambda *a: interrupt() if (write(*a), next(calls))[1] == 3 else (0, 0)
-            )
+            patch.setattr(writer._shards["t1"], "_write", lambda *a: interrupt() if (write(*a), next(calls))[1] == 3 else (0, 0))
         with pytest.raises(KeyboardInterrupt):
             writer.add(second.key, second.context, second.ids, make_units(second.key, len(second.ids)))
     writer.add(third.key, third.context, third.ids, make_units(third.key, len(third.ids)))

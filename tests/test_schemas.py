@@ -123,7 +123,8 @@ def mutants(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, .
         for i, child in enumerate(value[:3]):
             yield from mutants(child, (*at, i))
     if at:
-        yield from ((at, other) for other in (None, True, "text", "", "0" * 64 + "\n", -1, 0, 2**53, 1.5, [], {}, [[]]))
+        others: tuple[Any, ...] = (None, True, "text", "", "0" * 64 + "\n", -1, 0, 2**53, 1.5, [], {}, [[]])
+        yield from ((at, other) for other in others)
         if isinstance(value, str):
             yield from ((at, other) for other in (value + "\n", value.upper() + "G", value[:-1], f"../{value}"))
 

@@ -59,9 +59,7 @@ class Recorder:
         return wrapped
 
 
-def test_everything_is_on_the_disk_before_its_name_and_its_name_before_the_answer(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_everything_is_on_the_disk_before_its_name_and_its_name_before_the_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = Recorder(monkeypatch)
     store = make_store(tmp_path / "kv.zarr")
     assert not recorder.owed

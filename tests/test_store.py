@@ -11,8 +11,8 @@ import msgspec
 import numpy as np
 import pytest
 
-from kvstore.errors import FormatError, InputError, IntegrityError, NotFoundError, StorageError
 from kvstore.diff import diff
+from kvstore.errors import FormatError, InputError, IntegrityError, NotFoundError, StorageError
 from kvstore.gc import collect, remove
 from kvstore.manifest import FORMAT, StoreRecord, zarr_group
 from kvstore.match import match
@@ -231,6 +231,8 @@ def test_store_side_needs_no_torch() -> None:
     import subprocess
     import sys
 
-    code = "import sys, kvstore.gc, kvstore.verify, kvstore.match, kvstore.diff; print({'torch', 'transformers', 'zarr', 'numba'} & sys.modules.keys())"
+    code = (
+        "import sys, kvstore.gc, kvstore.verify, kvstore.match, kvstore.diff; print({'torch', 'transformers', 'zarr', 'numba'} & sys.modules.keys())"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"

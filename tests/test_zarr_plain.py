@@ -19,7 +19,7 @@ from kvstore.zarr_view import as_zarr
 from tests.golden import make
 from tests.plain_reader import parse_row
 
-GOLDEN = sorted((Path(__file__).parent / "golden").glob("v*"))[-1]
+GOLDEN = max((Path(__file__).parent / "golden").glob("v[0-9]*"), key=lambda p: int(p.name[1:]))
 PACKS: dict[str, Any] = json.loads((GOLDEN / "expected.json").read_text(encoding="utf-8"))["packs"]
 NAN_BITS = {"bfloat16": 0x7FC0, "float16": 0x7E00, "float32": 0x7FC00000}
 
@@ -27,6 +27,11 @@ NAN_BITS = {"bfloat16": 0x7FC0, "float16": 0x7E00, "float32": 0x7FC00000}
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     return Store(shutil.copytree(GOLDEN / "kv.zarr", tmp_path / "kv.zarr"), cache=tmp_path / "cache")
+
+
+def opened(store: Store, *below: str) -> Any:
+    """The store, or a group in it, as any Zarr user opens it (`Any`: zarr's own types are unions of all it might find)."""
+    return zarr.open_group(str(store.path.joinpath(*below)), mode="r")
 
 
 def pack_of(store: Store, name: str) -> Pack:
@@ -47,7 +52,7 @@ def test_the_codec_is_found_through_its_entry_point() -> None:
 
 
 def test_the_tree_is_a_hierarchy_of_groups_and_arrays(store: Store) -> None:
-    root = zarr.open_group(str(store.path), mode="r")
+    root = opened(store)
     assert sorted(root) == ["calibrations", "models", "packs"]
     assert root.attrs["kvstore"] == {"format": 1, "kind": "store", "id": store.id}
     assert sorted(root["packs"]) == sorted(p["pack"] for p in PACKS.values())
@@ -56,7 +61,7 @@ def test_the_tree_is_a_hierarchy_of_groups_and_arrays(store: Store) -> None:
 
 @pytest.mark.parametrize("name", PACKS)
 def test_base_tiers_equal_our_own_decode_and_padding_is_nan(store: Store, name: str) -> None:
-    pack, group = pack_of(store, name), zarr.open_group(str(store.path), mode="r")["packs"][PACKS[name]["pack"]]
+    pack, group = pack_of(store, name), opened(store)["packs"][PACKS[name]["pack"]]
     for tier in (t for t in pack.encoding.tiers if t.level == 0):
         array = group[tier.array]
         values = array[...]
@@ -78,19 +83,19 @@ def test_every_store_here_has_padding_to_see(store: Store) -> None:
 
 def test_slices_across_units_and_shards_are_right(store: Store) -> None:
     pack = pack_of(store, "scalar-1")
-    array = zarr.open_group(str(store.path / "packs" / pack.name), mode="r")["t0"]
+    array = opened(store, "packs", pack.name)["t0"]
     np.testing.assert_array_equal(array[1:3, 1, 10:35, 2::3], whole(pack, "standard", np.dtype(np.float32), np.nan)[1:3, 1, 10:35, 2::3])
 
 
 def test_a_refinement_alone_says_what_it_is(store: Store) -> None:
-    array = zarr.open_group(str(store.path / "packs" / PACKS["scalar-1"]["pack"]), mode="r")["t1"]
+    array = opened(store, "packs", PACKS["scalar-1"]["pack"])["t1"]
     with pytest.raises(Exception, match="(?i)refine|tier|level"):
         _ = array[...]
 
 
 @pytest.mark.parametrize("name", PACKS)
 def test_tokens_and_segments_are_ordinary_arrays(store: Store, name: str) -> None:
-    pack, group = pack_of(store, name), zarr.open_group(str(store.path / "packs" / PACKS[name]["pack"]), mode="r")
+    pack, group = pack_of(store, name), opened(store, "packs", PACKS[name]["pack"])
     np.testing.assert_array_equal(group["tokens"][...], pack.token_ids)
     rows = [parse_row(bytes(row), len(pack.encoding.tiers)) for row in group["segments"][...]]
     assert [r.key for r in rows] == [s["key"] for s in PACKS[name]["segments"]]
@@ -106,7 +111,7 @@ def test_the_probe_is_an_ordinary_array(store: Store) -> None:
 @pytest.mark.parametrize("tier", ["standard", "fine", "lossless", "raw"])
 def test_the_view_composes_tiers(store: Store, tier: str) -> None:
     having = {n: p for n, p in PACKS.items() if pack_of(store, n).encoding.tier(tier) is not None}
-    view = as_zarr(store, tier)
+    view: Any = as_zarr(store, tier)
     assert sorted(view) == sorted(p["pack"] for p in having.values())
     for name, found in having.items():
         pack, values = pack_of(store, name), view[found["pack"]][...]
@@ -117,7 +122,7 @@ def test_the_view_composes_tiers(store: Store, tier: str) -> None:
 
 
 def test_the_view_is_read_only_and_knows_its_tiers(store: Store) -> None:
-    array = as_zarr(store, "fine")[PACKS["scalar-1"]["pack"]]
+    array: Any = as_zarr(store, "fine")[PACKS["scalar-1"]["pack"]]
     with pytest.raises(Exception, match="(?i)read.?only"):
         array[0] = 0
     with pytest.raises(NotFoundError, match="no pack .* has a tier 'finest'"):
@@ -126,8 +131,9 @@ def test_the_view_is_read_only_and_knows_its_tiers(store: Store) -> None:
 
 def test_the_view_reads_parts(store: Store) -> None:
     name = PACKS["scalar-wide"]["pack"]
-    array = as_zarr(store, "fine")[name]
-    np.testing.assert_array_equal(array[0, 1, 120:137, 100:], whole(Pack(store.storage, name), "fine", np.dtype(np.float32), np.nan)[0, 1, 120:137, 100:])
+    wanted = whole(Pack(store.storage, name), "fine", np.dtype(np.float32), np.nan)
+    view: Any = as_zarr(store, "fine")
+    np.testing.assert_array_equal(view[name][0, 1, 120:137, 100:], wanted[0, 1, 120:137, 100:])
 
 
 def test_damage_is_an_error_not_a_value(store: Store) -> None:
@@ -136,6 +142,7 @@ def test_damage_is_an_error_not_a_value(store: Store) -> None:
     data[40] ^= 1
     shard.write_bytes(data)
     with pytest.raises(Exception, match="(?i)checksum|crc|damaged"):
-        _ = zarr.open_group(str(store.path / "packs" / PACKS["scalar-1"]["pack"]), mode="r")["t0"][...]
+        _ = opened(store, "packs", PACKS["scalar-1"]["pack"])["t0"][...]
+    view: Any = as_zarr(store, "fine")
     with pytest.raises(Exception, match="(?i)damaged"):
-        _ = as_zarr(store, "fine")[PACKS["scalar-1"]["pack"]][...]
+        _ = view[PACKS["scalar-1"]["pack"]][...]

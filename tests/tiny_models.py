@@ -192,6 +192,13 @@ class Inline(OddAttention):
         return turned[0], turned[1]
 
 
+class Backwards(OddAttention):
+    """Turns the other way, as some models do."""
+
+    def phase(self, position_ids: torch.Tensor) -> torch.Tensor:
+        return -super().phase(position_ids)
+
+
 class Twirler:
     """Called like a function without being one, as hub kernels are; also scales cos and sin."""
 

@@ -3,7 +3,7 @@
 Weights are 12-bit integers, shifted to 24: the low 12 bits of the state then pass through every symbol untouched, and a
 table of 4,096 entries decodes. To encode a symbol of weight w after weights that sum to c, push the low half of the state x
 where x would leave its range, then x = (x / w, c + x mod w). Decoding reads words and states backwards and must end in
-state 0 with no word left, which is how damage shows.
+state 0 with no word left; damage mostly breaks this (checksums find the rest).
 
 Symbols are laid out in runs of equal length (the last may be shorter), each with one table. A stream is a whole number of
 runs, the same for all but the last, about `STREAM` symbols or fewer. Four streams run in lockstep: each alone waits for its

@@ -6,9 +6,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numba import int8, uint32, uint64
 
-from kvstore.codecs.jit import compiled, helper, inlined
+from kvstore.codecs.jit import compiled, helper, inlined, int8, uint32, uint64
 
 Array = npt.NDArray[Any]
 

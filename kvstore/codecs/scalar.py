@@ -58,7 +58,7 @@ class ScalarCodec(Codec):
     @classmethod
     def default_params(cls, head_dim: int) -> dict[str, int | str]:
         fits = head_dim % 64 == 0 or 64 % head_dim == 0 or not 32 <= head_dim <= 128
-        return {"key_step": 420, "value_group": 64 if fits else head_dim, "value_step": 540}
+        return {"key_step": 450, "value_group": 64 if fits else head_dim, "value_step": 560}
 
     @classmethod
     def check_params(cls, params: dict[str, int | str]) -> dict[str, int | str]:

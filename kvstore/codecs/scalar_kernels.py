@@ -6,9 +6,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numba import float32, int8, int32, uint8, uint32
 
-from kvstore.codecs.jit import compiled, helper
+from kvstore.codecs.jit import compiled, float32, helper, int8, int32, uint8, uint32
 
 Array = npt.NDArray[Any]
 TILE = 16  # channels transposed at a time: one cache line of float32
@@ -39,7 +38,7 @@ def levels(values: Array, per_step: float, channel_major: bool, out: Array) -> N
 
 @helper
 def _class_of(levels: Array, bounds: Array, largest: Array, bits: Array) -> int:
-    """By the mean magnitude of the fine levels; where that class has escapes, the cheapest class up to one without."""
+    """By the mean magnitude of the fine levels; where that class has escapes, the mean may mislead and the costs decide."""
     total, top, found = 0, int32(0), 0
     for i in range(len(levels)):
         total += abs(levels[i])
@@ -48,21 +47,19 @@ def _class_of(levels: Array, bounds: Array, largest: Array, bits: Array) -> int:
     mean = (total << 16) // len(levels)
     while found < len(bounds) and mean > bounds[found]:
         found += 1
-    return found if (top + 1) // 3 <= largest[found] else _cheapest(levels, found, (top + 1) // 3, largest, bits)
+    return found if (top + 1) // 3 <= largest[found] else _cheapest(levels, largest, bits)
 
 
 @helper
-def _cheapest(levels: Array, found: int, top: int, largest: Array, bits: Array) -> int:
-    least, best = 1 << 62, found
-    for candidate in range(found, len(largest)):
+def _cheapest(levels: Array, largest: Array, bits: Array) -> int:
+    least, best = 1 << 62, 0
+    for candidate in range(len(largest)):
         cost = 0
         for i in range(len(levels)):
             cell = (abs(levels[i]) + 1) // 3
             cost += bits[candidate, min(cell, 127)] + (ESCAPE_COST if cell > largest[candidate] else 0)
         if cost < least:
             least, best = cost, candidate
-        if largest[candidate] >= top:
-            break
     return best
 
 

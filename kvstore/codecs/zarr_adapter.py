@@ -47,7 +47,9 @@ class UnitCodec(ArrayBytesCodec):
         configuration = dict(data.get("configuration") or {})
         missing = FIELDS - {"calibration"} - set(configuration)
         if data.get("name") != NAME or missing or set(configuration) - FIELDS:
-            raise FormatError(f"codec {data.get('name')!r} with {sorted(configuration)}, expected {NAME} with {sorted(FIELDS)}", remedy="upgrade kvstore")
+            raise FormatError(
+                f"codec {data.get('name')!r} with {sorted(configuration)}, expected {NAME} with {sorted(FIELDS)}", remedy="upgrade kvstore"
+            )
         if configuration["dtype"] not in BITS:
             raise FormatError(f"unknown value dtype {configuration['dtype']!r}", remedy="upgrade kvstore")
         params = tuple(sorted(configuration.pop("params").items()))

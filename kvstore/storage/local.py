@@ -71,8 +71,8 @@ def make_folder(path: Path) -> None:
 
 def same_content(ours: Path, theirs: Path) -> bool:
     """Whether two folders hold the same files, byte for byte."""
-    names = sorted(p.relative_to(ours).as_posix() for p in ours.rglob("*") if p.is_file())
-    return not any(filecmp.cmpfiles(ours, theirs, names, shallow=False)[1:])
+    names, others = ({p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()} for folder in (ours, theirs))
+    return names == others and not any(filecmp.cmpfiles(ours, theirs, names, shallow=False)[1:])
 
 
 def write_synced(path: Path, data: bytes | memoryview) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kvstore.codecs import default_params, get_codec
+from kvstore.codecs import codec_class, get_codec
 from kvstore.digest import digest, sha256
 from kvstore.identity import Context, id_bytes, make_model, segment_key
 from kvstore.manifest import (
@@ -91,18 +91,21 @@ def model_record(dtype: ValueDtype, layout: Layout) -> ModelRecord:
 def probe_of(record: ModelRecord) -> npt.NDArray[np.float32]:
     """float32 [layers, 2, tokens, 4]."""
     shape = (record.layout.layers, 2, len(record.probe_ids), 4)
-    return ((mixed(np.arange(np.prod(shape))) >> np.uint32(20)).astype(np.float32) / 256 - 8).reshape(shape)
+    numbers = mixed(np.arange(np.prod(shape))) >> np.uint32(20)
+    return (numbers.astype(np.float32) / np.float32(256) - np.float32(8)).reshape(shape)
 
 
 def template() -> TemplateRecord:
-    part = Part("", ())
-    return TemplateRecord(FORMAT, "plain", digest("kvstore/template-source/1", {"kind": "plain", "text": "", "system": "Be brief."}),
-                          digest("kvstore/tokenizer/1", b"golden"), "Be brief.", anchor=Part("<s>", (1,)), head=Part("<s>Be brief.\n", ids(1, 20)),
-                          document_start=part, document_end=Part("\n", (13,)), query_start=Part("Q: ", (81, 58)), query_end=Part("\nA:", (13, 65)))  # fmt: skip
+    source = digest("kvstore/template-source/1", {"kind": "plain", "text": "", "system": "Be brief."})
+    head, anchor = Part("<s>Be brief.\n", ids(1, 20)), Part("<s>", (1,))
+    around = (Part("", ()), Part("\n", (13,)), Part("Q: ", (81, 58)), Part("\nA:", (13, 65)))
+    return TemplateRecord(FORMAT, "plain", source, digest("kvstore/tokenizer/1", b"golden"), "Be brief.", anchor, head, *around)
 
 
-def encoding_of(names: Sequence[str], head_dim: int, block: int, group: int) -> Encoding:
-    specs = [CodecSpec(name, *default_params(name, head_dim=head_dim)) for name in names]
+def encoding_of(names: Sequence[str], block: int, group: int, value_group: int = 8) -> Encoding:
+    """Parameters are fixed here: other defaults are no other format."""
+    scalar: dict[str, int | str] = {"key_step": 450, "value_step": 560, "value_group": value_group}
+    specs = [CodecSpec(name, codec_class(name).version, scalar if name == "scalar" else {}) for name in names]
     tiers = {"raw": [Tier("raw", "t0", "raw", 0, (), True)], "lossless": [Tier("lossless", "lossless", "lossless", 0, (), True)],
              "scalar": [Tier("standard", "t0", "scalar", 0, (), False), Tier("fine", "t1", "scalar", 1, ("standard",), False)]}  # fmt: skip
     return Encoding(tuple(specs), tuple(t for name in names for t in tiers[name]), block, group)
@@ -111,11 +114,11 @@ def encoding_of(names: Sequence[str], head_dim: int, block: int, group: int) -> 
 def batches() -> list[Batch]:
     """Every pack of a golden store."""
     records = {d: model_record(d, layout_of(d)) for d in DTYPES}
-    found = [Batch("raw", records["bfloat16"], encoding_of(["raw"], 8, 16, 2), tuple(_family(records["bfloat16"], False)))]
-    found += [Batch(f"lossless-{d}", records[d], encoding_of(["lossless"], 8, 16, 1), tuple(_family(records[d], False))[::3]) for d in DTYPES]
-    found += [Batch(f"scalar-{d}", records[d], encoding_of(["scalar"], 8, 32, 2), tuple(_family(records[d], True))[1:3]) for d in DTYPES[1:]]
+    found = [Batch("raw", records["bfloat16"], encoding_of(["raw"], 16, 2), tuple(_family(records["bfloat16"], False)))]
+    found += [Batch(f"lossless-{d}", records[d], encoding_of(["lossless"], 16, 1), tuple(_family(records[d], False))[::3]) for d in DTYPES]
+    found += [Batch(f"scalar-{d}", records[d], encoding_of(["scalar"], 32, 2), tuple(_family(records[d], True))[1:3]) for d in DTYPES[1:]]
     head, child, alone, grandchild = _family(records["bfloat16"], True)
-    both = encoding_of(["scalar", "lossless"], 8, 16, 1)
+    both = encoding_of(["scalar", "lossless"], 16, 1)
     found += [Batch("scalar-1", records["bfloat16"], both, (head, alone)), Batch("scalar-2", records["bfloat16"], both, (child, grandchild))]
     return [*found, _wide()]
 
@@ -126,14 +129,15 @@ def _family(record: ModelRecord, plain: bool) -> Iterator[Piece]:
     head_key = segment_key(record.model, record.layout, head.context, head.ids)
     child = Piece(ids(1000, 18), Context.parent(head_key, 20), plain)
     child_key = segment_key(record.model, record.layout, child.context, child.ids)
-    yield from (head, child, Piece(ids(2000, 16), Context.anchor(template().anchor.ids), plain), Piece(ids(3000, 5), Context.parent(child_key, 38), plain))
+    alone = Piece(ids(2000, 16), Context.anchor(template().anchor.ids), plain)
+    yield from (head, child, alone, Piece(ids(3000, 5), Context.parent(child_key, 38), plain))
 
 
 def _wide() -> Batch:
     """Units of many streams: 2 x 128 x 128 values, and a last block of 9 tokens."""
     layout = Layout(1, 2, 64, "bfloat16", "unrotated", (None,), ())
     record = model_record("bfloat16", layout)
-    return Batch("scalar-wide", record, encoding_of(["scalar"], 64, 128, 1), (Piece(ids(5000, 137), Context.root(), True),))
+    return Batch("scalar-wide", record, encoding_of(["scalar"], 128, 1, value_group=64), (Piece(ids(5000, 137), Context.root(), True),))
 
 
 def units_of(batch: Batch, bits: Bits) -> dict[str, list[list[bytes]]]:
@@ -190,7 +194,8 @@ def changes() -> list[tuple[Change, str]]:
     a = _row("a.md", raw, raw.keys[0], (Passage(18, prefix=raw.keys[1]), Passage(5, prefix=raw.keys[3])), {})
     b = _row("notes/b.md", one, one.keys[0], (Passage(16, isolated=one.keys[1]),), {"title": "Grüße", "weight": 0.5})
     c = _row("c.md", two, one.keys[0], (Passage(18, prefix=two.keys[0]),), {})
-    again = _row("notes/b.md", one, one.keys[0], (Passage(16, isolated=one.keys[1]), Passage(5, prefix=two.keys[1])), {"title": "Grüße", "weight": 1.0})
+    longer = (Passage(16, isolated=one.keys[1]), Passage(5, prefix=two.keys[1]))
+    again = _row("notes/b.md", one, one.keys[0], longer, {"title": "Grüße", "weight": 1.0})
     return [(Change((a, b)), "first"), (Change((c, again)), "second"), (Change(removed=(a.id,)), "rm")]
 
 
