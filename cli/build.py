@@ -26,14 +26,23 @@ def configure(parser: argparse.ArgumentParser) -> None:
     options.add_store(parser)
     options.add_model(parser)
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="run the model in this dtype (default: its own)")
-    parser.add_argument("--template", metavar="NAME|FILE", default="auto", help="auto (the tokenizer's chat template), plain, or a file with {system}, "
-                        "{document} and {query} (default: auto)")  # fmt: skip
+    parser.add_argument(
+        "--template",
+        metavar="NAME|FILE",
+        default="auto",
+        help="auto (the tokenizer's chat template), plain, or a file with {system}, {document} and {query} (default: auto)",
+    )
     parser.add_argument("--system", metavar="FILE", help="a system prompt, compiled once before all documents")
-    parser.add_argument("--regime", choices=("prefix", "isolated", "both"), default="prefix",
-                        help="prefix: exact after the system prompt; isolated: usable anywhere, approximate (default: prefix)")  # fmt: skip
+    parser.add_argument(
+        "--regime",
+        choices=("prefix", "isolated", "both"),
+        default="prefix",
+        help="prefix: exact after the system prompt; isolated: usable anywhere, approximate (default: prefix)",
+    )
     parser.add_argument("--passage-tokens", metavar="N", type=int, help="cut documents into passages of at most N tokens")
-    parser.add_argument("--long", choices=("split", "skip", "error"), default="split", help="what to do with documents beyond the model's context "
-                        "(default: split)")  # fmt: skip
+    parser.add_argument(
+        "--long", choices=("split", "skip", "error"), default="split", help="what to do with documents beyond the model's context (default: split)"
+    )
     parser.add_argument("--codec", choices=("scalar", "lossless", "raw"), default="scalar", help="how values become bytes (default: scalar)")
     parser.add_argument("--lossless", action="store_true", help="store a lossless tier as well")
     parser.add_argument("--include", metavar="PATTERN", action="append", help="files to read in folders, such as '*.md' (may be repeated)")
@@ -45,9 +54,21 @@ def run(args: argparse.Namespace, out: Output) -> int:
     import kvstore
 
     report = kvstore.build(
-        args.path, options.store_path(args), _source(args), template=args.template, system=options.text_file(args.system), regime=args.regime,
-        passage_tokens=args.passage_tokens, long=args.long, codec=args.codec, lossless=args.lossless, include=args.include,
-        strict=args.strict, dry_run=args.dry_run, progress=lambda r, name: out.progress(_doing(r, name)))  # fmt: skip
+        args.path,
+        options.store_path(args),
+        _source(args),
+        template=args.template,
+        system=None if args.system is None else options.text_file(args.system),
+        regime=args.regime,
+        passage_tokens=args.passage_tokens,
+        long=args.long,
+        codec=args.codec,
+        lossless=args.lossless,
+        include=args.include,
+        strict=args.strict,
+        dry_run=args.dry_run,
+        progress=lambda r, name: out.progress(_doing(r, name)),
+    )
     out.result(to_json(report, args.dry_run), summary(report, args.dry_run))
     if report.interrupted:
         out.say(f"interrupted: {_stored(report)}; run the same command again to go on")
@@ -89,8 +110,8 @@ def summary(report: BuildReport, dry_run: bool = False) -> str:
 
 
 def _parts(report: BuildReport) -> str:
-    parts = [f"{name} {seconds:.1f}" for name, seconds in report.seconds.items() if name != "total" and seconds >= 0.05]
-    return f" ({', '.join(parts)})" if parts else ""
+    parts = [f"{name} {seconds:.1f}" for name, seconds in report.seconds.items() if name != "total"]
+    return f" ({', '.join(parts)})" if report.nbytes else ""
 
 
 def to_json(report: BuildReport, dry_run: bool = False) -> dict[str, Any]:

@@ -39,9 +39,11 @@ def text(report: DemoReport) -> str:
 
 def _built(report: DemoReport) -> str:
     b = report.build
-    return (f"store      {safe(report.store)}\n"
-            f"compiled   {b.compiled} of {count(b.documents, 'document')} ({b.unchanged} stored already) in {b.seconds['total']:.1f} s\n"
-            f"           {b.serves}\n")  # fmt: skip
+    return (
+        f"store      {safe(report.store)}\n"
+        f"compiled   {b.compiled} of {count(b.documents, 'document')} ({b.unchanged} stored already) in {b.seconds['total']:.1f} s\n"
+        f"           {b.serves}\n"
+    )
 
 
 def _documents(report: DemoReport) -> str:
@@ -70,8 +72,7 @@ def _answers(report: DemoReport) -> str:
     wrong = [_row(a) for a in report.asked if not a.same]
     tiers = list(report.asked[0].stored)
     same = ", ".join(f"{sum(a.stored[t] == a.live for a in report.asked)} at {t}" for t in tiers)
-    total = (f"{len(report.asked)} questions: {report.right} live answers are what the document says; "
-             f"stored answers equal to the live ones: {same}\n")  # fmt: skip
+    total = f"{len(report.asked)} questions: {report.right} live answers are what the document says; stored answers equal to the live ones: {same}\n"
     head = ("document", "question", "expected", "live", *tiers)
     return table(head, rows) + total + ("\nthese differ:\n" + table(head, wrong) if wrong else "")
 
@@ -82,13 +83,15 @@ def _row(asked: Asked) -> tuple[str, ...]:
 
 def _next(report: DemoReport) -> str:
     first = report.asked[0]
-    return (f"took {report.seconds:.1f} s. Go on with this store:\n"
-            f"  kvstore show {safe(first.source)} --store {safe(report.store)}\n"
-            f"  kvstore load {safe(first.source)} --query \"{safe(first.question)}\" --store {safe(report.store)}\n"
-            "or with your own documents and a model of your own (a folder, or an id on the hub):\n"
-            "  kvstore doctor MODEL\n"
-            "  kvstore build PATH... --model MODEL --lossless --store kv.zarr\n"
-            "  kvstore load SOURCE --query \"...\" --store kv.zarr\n")  # fmt: skip
+    return (
+        f"took {report.seconds:.1f} s. Go on with this store:\n"
+        f"  kvstore show {safe(first.source)} --store {safe(report.store)}\n"
+        f'  kvstore load {safe(first.source)} --query "{safe(first.question)}" --store {safe(report.store)}\n'
+        "or with your own documents and a model of your own (a folder, or an id on the hub):\n"
+        "  kvstore doctor MODEL\n"
+        "  kvstore build PATH... --model MODEL --lossless --store kv.zarr\n"
+        '  kvstore load SOURCE --query "..." --store kv.zarr\n'
+    )
 
 
 def to_json(report: DemoReport) -> dict[str, Any]:
@@ -96,8 +99,13 @@ def to_json(report: DemoReport) -> dict[str, Any]:
     from kvstore.cli import build, ls, stats
 
     return {
-        "store": report.store, "ok": report.ok, "right": report.right, "seconds": report.seconds,
-        "build": build.to_json(report.build), "stats": stats.to_json(report.stats),
+        "store": report.store,
+        "ok": report.ok,
+        "right": report.right,
+        "seconds": report.seconds,
+        "build": build.to_json(report.build),
+        "stats": stats.to_json(report.stats),
         "documents": [ls.to_json(d) for d in report.documents],
         "first_token": {tier: {**asdict(t), "ratio": t.ratio} for tier, t in report.first_token.items()},
-        "asked": [{**asdict(a), "same": a.same} for a in report.asked]}  # fmt: skip
+        "asked": [{**asdict(a), "same": a.same} for a in report.asked],
+    }

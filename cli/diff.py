@@ -60,8 +60,14 @@ def _shown(row: Row) -> str:
 def to_json(found: Diff) -> dict[str, Any]:
     """The --json object."""
     changed = [{**_row(c.after), "fields": list(c.fields), "tokens_before": c.tokens[0]} for c in found.changed]
-    return {"a": found.a, "b": found.b, "added": [_row(r) for r in found.added], "removed": [_row(r) for r in found.removed], "changed": changed,
-            "tokens": found.tokens}  # fmt: skip
+    return {
+        "a": found.a,
+        "b": found.b,
+        "added": [_row(r) for r in found.added],
+        "removed": [_row(r) for r in found.removed],
+        "changed": changed,
+        "tokens": found.tokens,
+    }
 
 
 def _row(row: Row) -> dict[str, Any]:

@@ -51,9 +51,16 @@ def text(name: str, model: Any, found: Inspection) -> str:
     return f"{body}\n{_verdict(found)}\n"
 
 
-_LABELS = {"keys": "keys [heads, channels]", "values": "values [heads, channels]", "dtype": "dtype", "offsets": "probed at positions",
-           "values_move": "values move with position by", "tolerance": "residual accepted up to", "tables": "frequency tables found",
-           "capture": "keys before RoPE"}  # fmt: skip
+_LABELS = {
+    "keys": "keys [heads, channels]",
+    "values": "values [heads, channels]",
+    "dtype": "dtype",
+    "offsets": "probed at positions",
+    "values_move": "values move with position by",
+    "tolerance": "residual accepted up to",
+    "tables": "frequency tables found",
+    "capture": "keys before RoPE",
+}
 
 
 def _plain(value: Any) -> str:
@@ -72,8 +79,16 @@ def _layers(layers: list[dict[str, Any]]) -> str:
     for _, run in groupby(layers, lambda row: tuple(row.get(k) for k in _SHOWN)):
         alike = list(run)
         first, last = alike[0]["layer"], alike[-1]["layer"]
-        rows.append((str(first) if first == last else f"{first}-{last}", alike[0].get("rotated") or "nothing", _channels(alike[0]), alike[0].get("layout"),
-                     alike[0].get("table"), f"{max(r.get('residual', 0.0) for r in alike):.2g}"))  # fmt: skip
+        rows.append(
+            (
+                str(first) if first == last else f"{first}-{last}",
+                alike[0].get("rotated") or "nothing",
+                _channels(alike[0]),
+                alike[0].get("layout"),
+                alike[0].get("table"),
+                f"{max(r.get('residual', 0.0) for r in alike):.2g}",
+            )
+        )
     return table(("layers", "rotated", "channels", "pairs", "frequencies", "residual"), rows)
 
 
@@ -82,8 +97,17 @@ def _channels(row: dict[str, Any]) -> str | None:
 
 
 def _ropes(ropes: list[dict[str, Any]]) -> str:
-    rows = [(r.get("kind"), _channels(r), r.get("layout"), f"{r.get('scaling', 1.0):g}", r.get("arithmetic"), "bit for bit" if r.get("exact") else
-             "within rounding" if r.get("residual") is not None else "not shown") for r in ropes]  # fmt: skip
+    rows = [
+        (
+            r.get("kind"),
+            _channels(r),
+            r.get("layout"),
+            f"{r.get('scaling', 1.0):g}",
+            r.get("arithmetic"),
+            "bit for bit" if r.get("exact") else "within rounding" if r.get("residual") is not None else "not shown",
+        )
+        for r in ropes
+    ]
     return table(("rope", "channels", "pairs", "scaling", "arithmetic", "rotation equals the model's"), rows)
 
 
@@ -99,5 +123,11 @@ def to_json(name: str, model: Any, found: Inspection) -> dict[str, Any]:
     import msgspec
 
     layout = None if found.layout is None else msgspec.to_builtins(found.layout)
-    return {"model": name, "class": type(model).__name__, "supported": found.layout is not None, "problems": found.problems,
-            "measurements": found.measurements, "layout": layout}  # fmt: skip
+    return {
+        "model": name,
+        "class": type(model).__name__,
+        "supported": found.layout is not None,
+        "problems": found.problems,
+        "measurements": found.measurements,
+        "layout": layout,
+    }

@@ -26,8 +26,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     purpose = parser.add_mutually_exclusive_group(required=True)
     purpose.add_argument("--query", metavar="TEXT", help="the question")
     purpose.add_argument("--out", metavar="FILE", help="write the KV of one SOURCE as safetensors")
-    parser.add_argument("--reuse", choices=("prefix", "blocks"), default="prefix", help="prefix: the longest stored beginning, exact; blocks: documents "
-                        "stored alone, side by side, approximate (default: prefix)")  # fmt: skip
+    parser.add_argument(
+        "--reuse",
+        choices=("prefix", "blocks"),
+        default="prefix",
+        help="prefix: the longest stored beginning, exact; blocks: documents stored alone, side by side, approximate (default: prefix)",
+    )
     parser.add_argument("--max-new-tokens", metavar="N", type=int, default=64, help="length of the answer at most (default: 64)")
     options.add_quality(parser)
     options.add_store(parser)
@@ -54,8 +58,10 @@ def _answer(args: argparse.Namespace, out: Output) -> int:
 
 def first_token_line(took: FirstToken) -> str:
     """One line for people."""
-    return (f"first token: {took.stored:.1f} ms from the store, {took.cold:.1f} ms by a cold prefill of {took.tokens:,} tokens "
-            f"({took.ratio:.1f} times faster; best of {took.runs})")  # fmt: skip
+    return (
+        f"first token: {took.stored:.1f} ms from the store, {took.cold:.1f} ms by a cold prefill of {took.tokens:,} tokens "
+        f"({took.ratio:.1f} times faster; best of {took.runs})"
+    )
 
 
 def _write(args: argparse.Namespace, out: Output) -> int:
@@ -68,6 +74,9 @@ def _write(args: argparse.Namespace, out: Output) -> int:
     done = export(store, args.source[0], args.out, **options.quality_of(args))
     receipt = done.receipt
     value: dict[str, Any] = {"out": str(done.path), "nbytes": done.nbytes, "receipt": receipt}
-    out.result(value, f"{safe(str(done.path))}: {receipt['tokens']:,} tokens of {safe(receipt['source'])} at tier {receipt['tier']}, "
-               f"{human(done.nbytes)} from {human(receipt['nbytes'])} stored, in {receipt['milliseconds']:.0f} ms\n")  # fmt: skip
+    out.result(
+        value,
+        f"{safe(str(done.path))}: {receipt['tokens']:,} tokens of {safe(receipt['source'])} at tier {receipt['tier']}, "
+        f"{human(done.nbytes)} from {human(receipt['nbytes'])} stored, in {receipt['milliseconds']:.0f} ms\n",
+    )
     return 0

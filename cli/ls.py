@@ -30,8 +30,10 @@ def run(args: argparse.Namespace, out: Output) -> int:
 
     store = options.open_store(args)
     found = documents(store, args.source, **options.versions_of(args, store))
-    out.result({"store": str(store.path), "snapshot": store.number, "documents": [to_json(d) for d in found]},
-               text(found, every=args.all) + _total(found, store.number))  # fmt: skip
+    out.result(
+        {"store": str(store.path), "snapshot": store.number, "documents": [to_json(d) for d in found]},
+        text(found, every=args.all) + _total(found, store.number),
+    )
     return 0
 
 

@@ -7,8 +7,10 @@ A command module has `USAGE`, `configure(parser)`, which adds its options, and `
 from __future__ import annotations
 
 import sys
-from kvstore import __version__
+
 from kvstore.cli.output import Output, safe
+
+from kvstore import __version__
 from kvstore.errors import InputError, KvstoreError
 
 TYPE_CHECKING = False  # typing itself costs milliseconds
@@ -66,7 +68,7 @@ def _dispatch(words: list[str], out: Output) -> int:
         return 0
     module = command(words[0])
     parser = parser_of(words[0], module)
-    args = parser.parse_args(words[1:])
+    args = parser.parse_intermixed_args(words[1:])  # names and options in any order
     return _logged(lambda: int(module.run(args, out)), out)
 
 
@@ -91,8 +93,9 @@ def command(name: str) -> ModuleType:
         import difflib
 
         near = difflib.get_close_matches(name, COMMANDS, n=1)
-        raise InputError(f"there is no command {safe(name)!r}", remedy=f"did you mean {near[0]!r}?" if near else "`kvstore --help` lists them",
-                         code="usage")  # fmt: skip
+        raise InputError(
+            f"there is no command {safe(name)!r}", remedy=f"did you mean {near[0]!r}?" if near else "`kvstore --help` lists them", code="usage"
+        )
     return importlib.import_module(f"kvstore.cli.{name}")
 
 
@@ -100,7 +103,7 @@ def parser_of(name: str, module: ModuleType) -> Parser:
     """The argument parser of one command."""
     from kvstore.cli.parser import Parser
 
-    description = (module.__doc__ or '').strip()
+    description = (module.__doc__ or "").strip()
     parser = Parser(f"kvstore {name}", module.USAGE, description)
     module.configure(parser)
     return parser

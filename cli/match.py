@@ -34,7 +34,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
 
     if (args.file is None) == (args.text is None):
         raise InputError("give either FILE or --text TEXT", code="usage")
-    given = options.text_file(args.file) if args.text is None else args.text
+    given: str = args.text if args.text is not None else options.text_file(args.file)
     store = options.open_with_model(args)
     found = store.match(given, args.source)
     sides = _sides(store, found, given)
@@ -48,7 +48,11 @@ def _sides(store: OpenStore, found: Match, given: str) -> dict[str, Any]:
     ids = view.renderer.document(given)
     stored = [int(i) for i in store.stored(found.key, view.encoding_id).ids] if found.key else []
     decode = store.source.tokenizer.decode
-    return {"before": decode(ids[max(0, at - _AROUND) : at]), "given_text": decode(ids[at : at + _AROUND]), "found_text": decode(stored[at : at + _AROUND])}
+    return {
+        "before": decode(ids[max(0, at - _AROUND) : at]),
+        "given_text": decode(ids[at : at + _AROUND]),
+        "found_text": decode(stored[at : at + _AROUND]),
+    }
 
 
 def text(found: Match, sides: dict[str, Any]) -> str:
@@ -58,8 +62,12 @@ def text(found: Match, sides: dict[str, Any]) -> str:
     where = ", ".join(map(ascii, found.sources)) or f"segment {found.key[:12]}, which no document of the newest snapshot uses"
     if found.exact:
         return f"stored: all {found.total:,} tokens are {where}\n"
-    lines = [f"{found.matched:,} of {found.total:,} tokens match {where} ({found.stored:,} tokens stored)", f"after   {sides['before']!a}",
-             f"given   {_side(found.given, sides['given_text'])}", f"stored  {_side(found.found, sides['found_text'])}"]  # fmt: skip
+    lines = [
+        f"{found.matched:,} of {found.total:,} tokens match {where} ({found.stored:,} tokens stored)",
+        f"after   {sides['before']!a}",
+        f"given   {_side(found.given, sides['given_text'])}",
+        f"stored  {_side(found.found, sides['found_text'])}",
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -97,10 +97,8 @@ def model_key(store: Store, given: str | None) -> str | None:
     return next((r.model.key for r in store.models() if given in (r.model.name, r.provenance.get("source"))), given)
 
 
-def text_file(path: str | None) -> str | None:
+def text_file(path: str) -> str:
     """A file's text. Raises InputError where it cannot be read."""
-    if path is None:
-        return None
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:

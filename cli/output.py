@@ -58,7 +58,9 @@ def width(text: str) -> int:
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """Aligned columns with two spaces between them; columns whose cells are all numbers stand right."""
     cells = [[safe(_cell(c)) for c in row] for row in rows]
-    right = [bool(rows) and all(isinstance(row[i], (int, float)) or _counts(c[i]) for row, c in zip(rows, cells, strict=True)) for i in range(len(header))]
+    right = [
+        bool(rows) and all(isinstance(row[i], (int, float)) or _counts(c[i]) for row, c in zip(rows, cells, strict=True)) for i in range(len(header))
+    ]
     widths = [max(map(width, column)) for column in zip(header, *cells, strict=True)]
     lines = [_line(line, widths, right) for line in [list(header), *cells]]
     return "\n".join(lines) + "\n"

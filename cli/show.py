@@ -38,18 +38,35 @@ def text(found: Detail, snapshot: int) -> str:
 
 def _document(found: Detail, snapshot: int) -> str:
     row, model = found.row, found.model
-    lines = [("source", found.source), ("snapshot", str(snapshot)), ("tokens", f"{found.tokens:,} in {count(len(row.passages), 'passage')}"),
-             ("regime", regime(found.regimes)), ("text", row.text),
-             ("model", f"{model['name']} {model['dtype']}, {model['layers']} layers, {model['kv_heads']} KV heads of {model['head_dim']}; {model['key']}"),
-             ("template", f"{found.template}; {row.template}"), ("encoding", row.encoding), ("recipe", row.recipe),
-             ("root", row.root or "-")]  # fmt: skip
+    lines = [
+        ("source", found.source),
+        ("snapshot", str(snapshot)),
+        ("tokens", f"{found.tokens:,} in {count(len({s.passage for s in found.segments}), 'passage')}"),
+        ("regime", regime(found.regimes)),
+        ("text", row.text),
+        ("model", f"{model['name']} {model['dtype']}, {model['layers']} layers, {model['kv_heads']} KV heads of {model['head_dim']}; {model['key']}"),
+        ("template", f"{found.template}; {row.template}"),
+        ("encoding", row.encoding),
+        ("recipe", row.recipe),
+        ("root", row.root or "-"),
+    ]
     lines += [(f"metadata {name}", str(value)) for name, value in row.metadata.items()]
     return "".join(f"{safe(name) + ':':<10} {safe(value)}\n" for name, value in lines)
 
 
 def _tiers(found: Detail) -> str:
-    rows = [(t.name, t.codec, human(t.load_nbytes), f"{t.load_nbytes / found.tokens:,.0f}", f"{t.bits:.2f}", f"{found.raw_nbytes / t.load_nbytes:.2f}x",
-             "0 (exact)" if t.exact else "not measured" if t.kl is None else f"{t.kl:.2g}") for t in found.tiers]  # fmt: skip
+    rows = [
+        (
+            t.name,
+            t.codec,
+            human(t.load_nbytes),
+            f"{t.load_nbytes / found.tokens:,.0f}",
+            f"{t.bits:.2f}",
+            f"{found.raw_nbytes / t.load_nbytes:.2f}x",
+            "0 (exact)" if t.exact else "not measured" if t.kl is None else f"{t.kl:.2g}",
+        )
+        for t in found.tiers
+    ]
     return table(("a load at", "codec", "reads", "bytes/token", "bits/value", "smaller", "KL"), rows)
 
 
@@ -77,9 +94,22 @@ def to_json(found: Detail, snapshot: int) -> dict[str, Any]:
     """The --json object."""
     row = found.row
     return {
-        "source": found.source, "snapshot": snapshot, "tokens": found.tokens, "passages": len(row.passages), "regimes": list(found.regimes),
-        "text": row.text, "recipe": row.recipe, "root": row.root, "metadata": row.metadata, "head": row.head,
-        "model": found.model, "template": {"key": row.template, "kind": found.template}, "encoding": row.encoding, "raw_nbytes": found.raw_nbytes,
+        "source": found.source,
+        "snapshot": snapshot,
+        "tokens": found.tokens,
+        "passages": len(row.passages),
+        "regimes": list(found.regimes),
+        "text": row.text,
+        "recipe": row.recipe,
+        "root": row.root,
+        "metadata": row.metadata,
+        "head": row.head,
+        "model": found.model,
+        "template": {"key": row.template, "kind": found.template},
+        "encoding": row.encoding,
+        "raw_nbytes": found.raw_nbytes,
         "tiers": [{**asdict(t), "requires": list(t.requires)} for t in found.tiers],
-        "layers": [asdict(g) for g in found.layers], "segments": [asdict(s) for s in found.segments],
-        "provenance": found.provenance}  # fmt: skip
+        "layers": [asdict(g) for g in found.layers],
+        "segments": [asdict(s) for s in found.segments],
+        "provenance": found.provenance,
+    }

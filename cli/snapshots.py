@@ -34,13 +34,22 @@ def run(args: argparse.Namespace, out: Output) -> int:
     tags = list_tags(store.storage)
     rows = [_row(store, number, tags) for number in store.snapshots.numbers()]
     header = ("snapshot", "created", "changed", "removed", "note", "tags")
-    out.result({"store": str(store.path), "newest": store.number, "snapshots": rows},
-               table(header, [(str(r["number"]), r["created"], r["changed"], r["removed"], r["note"], ", ".join(r["tags"])) for r in rows]))  # fmt: skip
+    out.result(
+        {"store": str(store.path), "newest": store.number, "snapshots": rows},
+        table(header, [(str(r["number"]), r["created"], r["changed"], r["removed"], r["note"], ", ".join(r["tags"])) for r in rows]),
+    )
     return 0
 
 
 def _row(store: Any, number: int, tags: Mapping[str, int]) -> dict[str, Any]:
     """`changed` counts the rows in the file: all of them where it is a full list."""
     snapshot = store.snapshots.read(number)
-    return {"number": number, "created": snapshot.created, "note": snapshot.note, "full": snapshot.full, "changed": len(snapshot.rows),
-            "removed": len(snapshot.removed), "tags": [name for name, tagged in tags.items() if tagged == number]}  # fmt: skip
+    return {
+        "number": number,
+        "created": snapshot.created,
+        "note": snapshot.note,
+        "full": snapshot.full,
+        "changed": len(snapshot.rows),
+        "removed": len(snapshot.removed),
+        "tags": [name for name, tagged in tags.items() if tagged == number],
+    }

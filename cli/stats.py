@@ -10,7 +10,7 @@ from kvstore.cli import options
 from kvstore.cli.output import Output, count, human, safe, table
 
 if TYPE_CHECKING:
-    from kvstore.inventory import EncodingTotal, Stats
+    from kvstore.inventory import EncodingTotal, Stats, TierTotal
 
 USAGE = "[options]"
 
@@ -28,20 +28,26 @@ def run(args: argparse.Namespace, out: Output) -> int:
 
 
 def text(found: Stats) -> str:
-    head = (f"{safe(found.store)}: snapshot {found.snapshot}, {count(found.snapshots, 'snapshot')} kept\n"
-            f"{count(found.documents, 'document')}, {count(found.artifacts, 'artifact')}, {count(found.tokens, 'token')} in {count(found.packs, 'pack')}\n")  # fmt: skip
+    sizes = f"{count(found.artifacts, 'artifact')}, {count(found.tokens, 'token')} in {count(found.packs, 'pack')}"
+    lines = [
+        f"{safe(found.store)}: snapshot {found.snapshot}, {count(found.snapshots, 'snapshot')} kept",
+        f"{count(found.documents, 'document')}, {sizes}",
+        *(f"model {safe(name)} {key[:12]}" for key, name in found.models),
+        *(f"template {safe(kind)} {key[:12]}" for key, kind in found.templates),
+    ]
     names = dict(found.models)
-    models = "".join(f"model {safe(name)} {key[:12]}\n" for key, name in found.models)
-    templates = "".join(f"template {safe(kind)} {key[:12]}\n" for key, kind in found.templates)
-    parts = [head + models + templates, *(_encoding(e, names.get(e.model, e.model[:12])) for e in found.encodings), _overhead(found)]
-    return "\n".join(parts)
+    return "\n".join(["\n".join(lines) + "\n", *(_encoding(e, names.get(e.model, e.model[:12])) for e in found.encodings), _overhead(found)])
 
 
 def _encoding(total: EncodingTotal, model: str) -> str:
-    rows = [(t.name, human(t.nbytes), f"{t.nbytes / total.tokens:,.0f}", human(t.load_nbytes), f"{t.load_nbytes / total.tokens:,.0f}", f"{t.raw_ratio:.2f}x")
-            for t in total.tiers]  # fmt: skip
-    head = f"encoding {total.id[:12]} ({', '.join(total.codecs)}) of {safe(model)}: {count(total.artifacts, 'artifact')}, {count(total.tokens, 'token')}\n"
-    return head + table(("tier", "bytes", "a token", "a load reads", "a token", "smaller"), rows)
+    about = f"encoding {total.id[:12]} ({', '.join(total.codecs)}) of {safe(model)}"
+    header = ("tier", "bytes", "a token", "a load reads", "a token", "smaller")
+    return f"{about}: {count(total.artifacts, 'artifact')}, {count(total.tokens, 'token')}\n" + table(header, [_row(t, total) for t in total.tiers])
+
+
+def _row(tier: TierTotal, total: EncodingTotal) -> tuple[str, ...]:
+    own, read = tier.nbytes, tier.load_nbytes
+    return (tier.name, human(own), f"{own / total.tokens:,.0f}", human(read), f"{read / total.tokens:,.0f}", f"{tier.raw_ratio:.2f}x")
 
 
 def _overhead(found: Stats) -> str:

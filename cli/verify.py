@@ -46,8 +46,7 @@ def _logits(args: argparse.Namespace, out: Output) -> LogitsReport:
 
 
 def text(report: VerifyReport, logits: LogitsReport | None) -> str:
-    read = (f"{count(report.packs, 'pack')}, {count(report.segments, 'segment')} ({human(report.bytes)}), "
-            f"{count(report.snapshots, 'snapshot')} read")  # fmt: skip
+    read = f"{count(report.packs, 'pack')}, {count(report.segments, 'segment')} ({human(report.bytes)}), {count(report.snapshots, 'snapshot')} read"
     lines = [f"{p.severity}: {safe(p.where)}: {safe(p.what)}" for p in report.problems]
     errors = sum(p.severity == "error" for p in report.problems)
     verdict = f"{read}: every digest matches" if report.ok else f"{read}: {count(errors, 'problem')}"
@@ -55,7 +54,9 @@ def text(report: VerifyReport, logits: LogitsReport | None) -> str:
 
 
 def _table(logits: LogitsReport) -> str:
-    rows = [(c.source, str(c.passage), c.regime, c.tier, "yes" if c.equal else "no", f"{c.kl:.2g}", f"{100 * c.agreement:.0f} %") for c in logits.checks]
+    rows = [
+        (c.source, str(c.passage), c.regime, c.tier, "yes" if c.equal else "no", f"{c.kl:.2g}", f"{100 * c.agreement:.0f} %") for c in logits.checks
+    ]
     lines = "".join(f"error: {safe(p)}\n" for p in logits.problems)
     head = f"{logits.segments} of {count(logits.of, 'segment')} prefilled again\n"
     return head + table(("source", "passage", "regime", "tier", "bit for bit", "KL", "agreement"), rows) + lines

@@ -13,9 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from kvstore.errors import FormatError, InputError, IntegrityError, NotFoundError
-from kvstore.identity import Context
-from kvstore.pack import PACKS, Pack, Segment
-from kvstore.pack_writer import PackWriter
+from kvstore.pack import PACKS, Pack
+from kvstore.pack_writer import PackWriter, copy_segment
 from kvstore.reach import Reach, pack_keys
 from kvstore.snapshot import SnapshotLog, file_name
 from kvstore.storage.local import LocalStorage
@@ -59,16 +58,6 @@ class GcReport:
     damaged: list[str] = field(default_factory=list)
 
 
-def copy_segment(pack: Pack, segment: Segment, writer: PackWriter) -> None:
-    """Append a segment to another pack, unit by unit as stored. Raises IntegrityError where its digests do not come out the same."""
-    context = Context(segment.context, segment.parent or (), segment.position)
-    units = {t.array: pack.units(segment, t.array, whole_records=True) for t in pack.encoding.tiers}
-    copied = writer.add(segment.key, context, pack.ids(segment).tolist(), units, checked=True)
-    for array, (_, size, sha) in copied.items():
-        if (size, sha) != segment.ranges[array][1:]:
-            raise IntegrityError(f"{pack.folder}/{array}: segment {segment.key[:12]} is damaged", remedy="gc --drop-damaged, then build again")
-
-
 class Collector:
     """One collection."""
 
@@ -98,10 +87,6 @@ class Collector:
     def _deleting(self) -> AbstractContextManager[None]:
         return nullcontext() if self.rules.dry_run else self.storage.lock(exclusive=True)
 
-    def _delete(self, name: str) -> None:
-        if not self.rules.dry_run:
-            self.storage.retire(name)
-
     def snapshots(self) -> None:
         """Before the packs: no snapshot must outlive its artifacts without need."""
         log = SnapshotLog(self.storage)
@@ -109,13 +94,20 @@ class Collector:
             self.reach.look(self.opened.values())
             needed = log.needed(self.reach.kept)
             gone = sorted(set(log.numbers()) - needed, reverse=True)  # downwards: what is left can be read at any moment
-            for number in gone:
-                self.report.bytes_freed += self.storage.size(file_name(number))
-                self._delete(file_name(number))
+            names = [file_name(number) for number in gone]
+            self.report.bytes_freed += sum(map(self.storage.size, names))
+            if not self.rules.dry_run:
+                self.storage.discard(names)
         self.report.snapshots_removed, self.report.snapshots_kept = gone[::-1], sorted(needed)
 
     def packs(self) -> None:
-        """Give every artifact that is reached one home, then drop or rewrite what holds more than that."""
+        """Give every artifact that is reached one home, then drop or rewrite what holds more than that.
+
+        Nothing where there is no snapshot: a copy that left out the hidden `.kvstore` must not lose its packs too.
+        """
+        if not self.reach.kept:
+            self.report.packs_kept = len(self.opened)
+            return
         for name in sorted(self.opened):
             self._settle(self.opened[name])
         for name in sorted(self.opened):
@@ -243,8 +235,9 @@ class Collector:
         """A pack that nobody can read, unless a builder has mended it meanwhile."""
         with self._deleting():
             if self._open(name) is not None:
-                self._delete(f"{PACKS}/{name}")
                 self.report.packs_removed.append(name)
+                if not self.rules.dry_run:
+                    self.storage.retire(f"{PACKS}/{name}")
 
     def leftovers(self) -> None:
         """What crashed writers left."""

@@ -69,10 +69,7 @@ def demo(store: str | Path | None = None, progress: Progress | None = None) -> D
     Raises what `build` and `open` do; a default store that another version left behind, or that is damaged, is made again.
     """
     started, say = time.perf_counter(), progress or (lambda text: None)
-    if store is not None:
-        report = _run(Path(store), say)
-    else:
-        report = _run_default(say)
+    report = _run_default(say) if store is None else _run(Path(store), say)
     report.seconds = time.perf_counter() - started
     return report
 
@@ -89,8 +86,9 @@ def _run_default(say: Progress) -> DemoReport:
 
 
 def _run(path: Path, say: Progress) -> DemoReport:
-    report = build(bundled.corpus_path(), path, BUNDLED, regime="both", lossless=True,
-                   progress=lambda r, name: say(f"building: {r.documents} documents, {name}"))  # fmt: skip
+    report = build(
+        bundled.corpus_path(), path, BUNDLED, regime="both", lossless=True, progress=lambda r, name: say(f"building: {r.documents} documents, {name}")
+    )
     with_model = OpenStore(path, BUNDLED)
     found = DemoReport(str(path), report, documents(with_model), stats(with_model))
     tiers = found.documents[0].tiers

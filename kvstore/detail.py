@@ -70,11 +70,27 @@ def show(store: Store, source: str, *, model: str | None = None, template: str |
     """All that the store knows of `a.md`, or of its passage `a.md#3`. Raises NotFoundError; InputError where several versions are stored."""
     artifact = store.artifact(source, model=model, template=template, encoding=encoding)
     record = store.model_record(artifact.row.model)
-    about = {"key": record.model.key, "name": record.model.name, "dtype": record.model.dtype, "layers": record.layout.layers,
-             "kv_heads": record.layout.kv_heads, "head_dim": record.layout.head_dim}  # fmt: skip
-    return Detail(artifact.source, artifact.row, regimes_of(artifact.row), artifact.tokens, artifact.tokens * raw_token_nbytes(artifact.layout),
-                  _tiers(artifact), _layers(artifact), _segments(artifact, store.resolve(source)[1] or 0), about, store.template(artifact.row.template).kind,
-                  dict(artifact.stored[0].pack.manifest.provenance))  # fmt: skip
+    about = {
+        "key": record.model.key,
+        "name": record.model.name,
+        "dtype": record.model.dtype,
+        "layers": record.layout.layers,
+        "kv_heads": record.layout.kv_heads,
+        "head_dim": record.layout.head_dim,
+    }
+    return Detail(
+        artifact.source,
+        artifact.row,
+        regimes_of(artifact.row),
+        artifact.tokens,
+        artifact.tokens * raw_token_nbytes(artifact.layout),
+        _tiers(artifact),
+        _layers(artifact),
+        _segments(artifact, store.resolve(source)[1] or 0),
+        about,
+        store.template(artifact.row.template).kind,
+        dict(artifact.stored[0].pack.manifest.provenance),
+    )
 
 
 def _tiers(artifact: Artifact) -> list[TierDetail]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kvstore.storage.local import sync_folder, translated
+from kvstore.storage.files import sync_folder, translated
 
 if TYPE_CHECKING:
     from kvstore.api import OpenStore

@@ -32,8 +32,9 @@ class Listed:
     encoding: str
 
 
-def documents(store: Store, source: str | None = None, *, model: str | None = None, template: str | None = None,
-              encoding: str | None = None) -> list[Listed]:  # fmt: skip
+def documents(
+    store: Store, source: str | None = None, *, model: str | None = None, template: str | None = None, encoding: str | None = None
+) -> list[Listed]:
     """The newest snapshot's documents by source, one entry a version; keys may be their beginnings."""
     rows = store.rows(source, model=model, template=template, encoding=encoding)
     packs = [p for p in _packs(store) if p.manifest.encoding_id in {r.encoding for r in rows}]
@@ -64,8 +65,17 @@ def _sizes(pack: Pack) -> Sizes:
 
 def _listed(row: Row, encoding: Encoding | None, sizes: Sizes) -> Listed:
     keys = {bytes.fromhex(k) for p in row.passages for k in (p.prefix, p.isolated) if k is not None}
-    return Listed(row.source, len(row.passages), sum(p.tokens for p in row.passages), sum(sizes.get(k, 0) for k in keys),
-                  tuple(t.name for t in encoding.tiers) if encoding else (), regimes_of(row), row.model, row.template, row.encoding)  # fmt: skip
+    return Listed(
+        row.source,
+        len(row.passages),
+        sum(p.tokens for p in row.passages),
+        sum(sizes.get(k, 0) for k in keys),
+        tuple(t.name for t in encoding.tiers) if encoding else (),
+        regimes_of(row),
+        row.model,
+        row.template,
+        row.encoding,
+    )
 
 
 def regimes_of(row: Row) -> tuple[str, ...]:

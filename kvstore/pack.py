@@ -27,7 +27,7 @@ PACKS = "packs"
 NO_TOKEN = 0xFFFFFFFF
 SHARD = "c.0.0.0.0"
 CONTEXT_KINDS = ("root", "anchor", "parent")
-_DAMAGED = "rebuild the artifact: `kvstore verify` lists what is damaged"
+REMEDY = "`kvstore verify` lists what is damaged; `kvstore gc --drop-damaged` takes it out, and the next build compiles it again"
 
 
 def row_dtype(encoding: Encoding) -> np.dtype[np.void]:
@@ -60,7 +60,7 @@ class Pack:
         self.storage, self.name, self.folder = storage, name, f"{PACKS}/{name}"
         data = storage.read(f"{self.folder}/zarr.json")
         if sha256(data) != name:
-            raise IntegrityError(f"{self.folder}/zarr.json does not match its name", remedy=_DAMAGED)
+            raise IntegrityError(f"{self.folder}/zarr.json does not match its name", remedy=REMEDY)
         self.manifest = parse_group(data, PackManifest, f"{self.folder}/zarr.json")
         require_manifest(self.manifest, f"{self.folder}/zarr.json")
         self.nbytes = len(data) + sum(f.bytes for f in self.manifest.files.values())
@@ -89,7 +89,7 @@ class Pack:
         """A small file of the pack, compared with the manifest's digest."""
         data = self.storage.read(f"{self.folder}/{name}")
         if sha256(data) != self.manifest.files[name].sha256:
-            raise IntegrityError(f"{self.folder}/{name} does not match the manifest", remedy=_DAMAGED)
+            raise IntegrityError(f"{self.folder}/{name} does not match the manifest", remedy=REMEDY)
         return data
 
     @cached_property
@@ -97,7 +97,7 @@ class Pack:
         """The `segments` array as structured rows."""
         data, dtype = self._checked("segments/c.0.0"), row_dtype(self.encoding)
         if len(data) != self.manifest.segments * dtype.itemsize:
-            raise IntegrityError(f"{self.folder}/segments has {len(data)} bytes", remedy=_DAMAGED)
+            raise IntegrityError(f"{self.folder}/segments has {len(data)} bytes", remedy=REMEDY)
         rows = np.frombuffer(data, dtype)
         require_rows(rows, self.manifest, f"{self.folder}/segments")
         return rows
@@ -109,9 +109,9 @@ class Pack:
         try:
             data = stream.decompress(self._checked("tokens/c.0"), size + 1)  # at most: a small file may unpack to any size
         except zlib.error as error:
-            raise IntegrityError(f"{self.folder}/tokens: {error}", remedy=_DAMAGED) from error
+            raise IntegrityError(f"{self.folder}/tokens: {error}", remedy=REMEDY) from error
         if len(data) != size or not stream.eof:
-            raise IntegrityError(f"{self.folder}/tokens does not hold {self.manifest.slots} ids", remedy=_DAMAGED)
+            raise IntegrityError(f"{self.folder}/tokens does not hold {self.manifest.slots} ids", remedy=REMEDY)
         return np.frombuffer(data, "<u4")
 
     def segment(self, row: int) -> Segment:
@@ -132,7 +132,7 @@ class Pack:
         if array not in self._maps:
             view = self.storage.map(f"{self.folder}/{array}/{SHARD}")
             if len(view) != self.manifest.files[f"{array}/{SHARD}"].bytes:
-                raise IntegrityError(f"{self.folder}/{array}: {len(view)} bytes, the manifest says otherwise", remedy=_DAMAGED)
+                raise IntegrityError(f"{self.folder}/{array}: {len(view)} bytes, the manifest says otherwise", remedy=REMEDY)
             self._maps[array] = view
         return self._maps[array]
 
@@ -143,7 +143,7 @@ class Pack:
             size = self.groups * blocks * 16
             tail = self.shard(array)[-(size + 4) :]
             if len(tail) != size + 4 or crc32c(tail[:size]) != struct.unpack("<I", tail[size:])[0]:
-                raise IntegrityError(f"{self.folder}/{array}: the shard index is damaged", remedy=_DAMAGED)
+                raise IntegrityError(f"{self.folder}/{array}: the shard index is damaged", remedy=REMEDY)
             self._indexes[array] = np.frombuffer(tail[:size], "<u8").reshape(self.groups, blocks, 2)
         return self._indexes[array]
 
@@ -152,13 +152,13 @@ class Pack:
         offset, size, _ = segment.ranges[array]
         view = self.shard(array)[offset : offset + size]
         if len(view) != size:
-            raise IntegrityError(f"{self.folder}/{array}: segment {segment.key[:12]} lies outside the file", remedy=_DAMAGED)
+            raise IntegrityError(f"{self.folder}/{array}: segment {segment.key[:12]} lies outside the file", remedy=REMEDY)
         return view
 
     def check(self, segment: Segment, array: str) -> None:
         """Compare one segment's tier with its sha256. Raises IntegrityError."""
         if sha256(self.range(segment, array)) != segment.ranges[array][2]:
-            raise IntegrityError(f"{self.folder}/{array}: segment {segment.key[:12]} is damaged", remedy=_DAMAGED)
+            raise IntegrityError(f"{self.folder}/{array}: segment {segment.key[:12]} is damaged", remedy=REMEDY)
 
     def check_once(self, segment: Segment, array: str) -> None:
         """`check`, unless this process has done it: published files never change. Raises IntegrityError."""
@@ -176,7 +176,7 @@ class Pack:
             (entries[..., 0] >= offset) & (entries[..., 1] >= 4) & (entries[..., 1] <= size) & (entries[..., 0] <= offset + size - entries[..., 1])
         )
         if not inside.all():
-            raise IntegrityError(f"{self.folder}/{array}: segment {segment.key[:12]} has units outside its range", remedy=_DAMAGED)
+            raise IntegrityError(f"{self.folder}/{array}: segment {segment.key[:12]} has units outside its range", remedy=REMEDY)
         trailer = 0 if whole_records else 4
         return [[whole[o : o + n - trailer] for o, n in group] for group in entries.tolist()]
 
@@ -185,10 +185,10 @@ class Pack:
         offset, size = (int(x) for x in self.index(array)[group, block])
         whole = self.shard(array)
         if size < 4 or offset + size > len(whole):
-            raise IntegrityError(f"{self.folder}/{array}: a unit lies outside the file", remedy=_DAMAGED)
+            raise IntegrityError(f"{self.folder}/{array}: a unit lies outside the file", remedy=REMEDY)
         unit = whole[offset : offset + size - 4]
         if crc32c(unit) != struct.unpack("<I", whole[offset + size - 4 : offset + size])[0]:
-            raise IntegrityError(f"{self.folder}/{array}: unit {group},{block} is damaged", remedy=_DAMAGED)
+            raise IntegrityError(f"{self.folder}/{array}: unit {group},{block} is damaged", remedy=REMEDY)
         return unit
 
 

@@ -16,10 +16,12 @@ import numpy as np
 
 from kvstore.arrays import rows_metadata, tier_metadata, tokens_metadata
 from kvstore.digest import sha256
+from kvstore.errors import IntegrityError
 from kvstore.identity import Context, id_bytes
 from kvstore.manifest import FORMAT, Encoding, FileDigest, Layout, PackManifest, zarr_group
-from kvstore.pack import CONTEXT_KINDS, NO_TOKEN, PACKS, SHARD, crc32c, row_dtype
-from kvstore.storage.local import LocalStorage, sync_folder, translated, write_synced
+from kvstore.pack import CONTEXT_KINDS, NO_TOKEN, PACKS, REMEDY, SHARD, Pack, Segment, crc32c, row_dtype
+from kvstore.storage.files import sync_folder, translated, write_synced
+from kvstore.storage.local import LocalStorage
 
 Range = tuple[int, int, str]
 
@@ -155,7 +157,8 @@ class PackWriter:
             with suppress(OSError):  # a full disk refuses what was still buffered
                 shard.file.close()
         if self._folder is not None:
-            self.storage.sweep(self._folder)
+            with suppress(OSError):  # what cannot be deleted now is left to gc
+                self.storage.sweep(self._folder)
         self._reset()
 
     def _reset(self) -> None:
@@ -219,3 +222,13 @@ class PackWriter:
     def _write_rows(self) -> dict[str, FileDigest]:
         data = np.array(self.rows, row_dtype(self.encoding)).tobytes()
         return self._write("segments/c.0.0", data) | self._write("segments/zarr.json", rows_metadata(len(self.rows), self.encoding))
+
+
+def copy_segment(pack: Pack, segment: Segment, writer: PackWriter) -> None:
+    """Append a segment to another pack, unit by unit as stored. Raises IntegrityError where its digests do not come out the same."""
+    context = Context(segment.context, segment.parent or (), segment.position)
+    units = {t.array: pack.units(segment, t.array, whole_records=True) for t in pack.encoding.tiers}
+    copied = writer.add(segment.key, context, pack.ids(segment).tolist(), units, checked=True)
+    for array, (_, size, sha) in copied.items():
+        if (size, sha) != segment.ranges[array][1:]:
+            raise IntegrityError(f"{pack.folder}/{array}: segment {segment.key[:12]} is damaged", remedy=REMEDY)

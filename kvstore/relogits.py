@@ -105,8 +105,9 @@ def _compare(stored: Stored, place: _Place, template: TemplateRecord, prefiller:
     return [_check(place, tier, stored, len(before), live, (following, wanted), prefiller, decoder) for tier in stored.encoding.tiers]
 
 
-def _check(place: _Place, tier: Tier, stored: Stored, start: int, live: Cache, said: tuple[list[int], torch.Tensor], prefiller: Prefiller,
-           decoder: Decoder) -> TierCheck:  # fmt: skip
+def _check(
+    place: _Place, tier: Tier, stored: Stored, start: int, live: Cache, said: tuple[list[int], torch.Tensor], prefiller: Prefiller, decoder: Decoder
+) -> TierCheck:
     layers = _replaced(live, stored, tier.name, start, prefiller.layout, decoder)
     equal = all(torch.equal(k, x.keys) and torch.equal(v, x.values) for (k, v), x in zip(layers, live.layers, strict=True))
     following, wanted = said
@@ -140,8 +141,9 @@ def _continued(model: Any, context: Cache | None, ids: Sequence[int]) -> tuple[C
 def _step(model: Any, cache: Cache | None, ids: Sequence[int]) -> tuple[Cache, torch.Tensor]:
     """A cache that went on with `ids` (the given one stays as it was), and the last logits [vocabulary]."""
     with torch.inference_mode():
-        out = model(torch.tensor([list(ids)], device=model.device), past_key_values=None if cache is None else share(cache), use_cache=True,
-                    logits_to_keep=1)  # fmt: skip
+        out = model(
+            torch.tensor([list(ids)], device=model.device), past_key_values=None if cache is None else share(cache), use_cache=True, logits_to_keep=1
+        )
     return out.past_key_values, out.logits[0, -1]
 
 

@@ -34,7 +34,8 @@ from kvstore.manifest import (
 )
 from kvstore.pack import PACKS, Pack, Segment
 from kvstore.snapshot import Change, SnapshotLog
-from kvstore.storage.local import LocalStorage, make_folder, sync_folder, translated, write_synced
+from kvstore.storage.files import make_folder, sync_folder, translated, write_synced
+from kvstore.storage.local import LocalStorage
 
 MODELS = "models"
 CALIBRATIONS = "calibrations"

@@ -24,7 +24,7 @@ def require_manifest(manifest: PackManifest, where: str) -> None:
     problem = (_layout_problem(manifest.layout) or _encoding_problem(manifest.encoding)
                or _counts_problem(manifest) or _files_problem(manifest))  # fmt: skip
     if problem:
-        raise FormatError(f"{where}: {problem}", remedy="it was not written by kvstore: rebuild the artifacts")
+        raise FormatError(f"{where}: {problem}", remedy="it was not written by kvstore: `kvstore gc --drop-damaged` removes it")
 
 
 def _layout_problem(layout: Layout) -> str | None:
@@ -117,7 +117,7 @@ def require_rows(rows: npt.NDArray[np.void], manifest: PackManifest, where: str)
     else:
         problem = _range_problem(rows, manifest)
     if problem:
-        raise IntegrityError(f"{where}: {problem}", remedy="rebuild the artifact: `kvstore verify` lists what is damaged")
+        raise IntegrityError(f"{where}: {problem}", remedy="`kvstore gc --drop-damaged` takes it out, and the next build compiles it again")
 
 
 def _range_problem(rows: npt.NDArray[np.void], manifest: PackManifest) -> str | None:

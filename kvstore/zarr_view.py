@@ -77,6 +77,8 @@ class TierStore(ZarrStore):
             group, _, block, _ = map(int, key.removeprefix("c.").split("."))
         except ValueError:
             return None
+        if not (0 <= group < pack.groups and 0 <= block < pack.manifest.slots // pack.encoding.block_tokens):
+            return None
         tiers = tier_chain(pack.encoding, self.tier)
         spec, layout = pack.encoding.codec(tiers[-1].codec), pack.layout
         records = [pack.unit(t.array, group, block) for t in tiers]

@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from jsonschema import Draft202012Validator
-from referencing import Registry, Resource
-
 from kvstore.cli.main import main
+from referencing import Registry, Resource
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,7 @@ def random_weights(rng: np.random.Generator, size: int) -> I64:
 def make_case(seed: int, symbols: int, run: int, alphabets: list[int]) -> Case:
     rng = np.random.default_rng(seed)
     weights = [random_weights(rng, size) for size in alphabets]
+    symbols = min(symbols, 600 * run)  # constriction takes a call a run
     runs = ans.cut(symbols, run)
     table_of_run = rng.integers(0, len(weights), -(-symbols // run)).astype(np.uint8)
     drawn = [rng.choice(len(weights[t]), run, p=weights[t] / 4096) for t in table_of_run]

@@ -84,7 +84,7 @@ assert not {"numba", "zarr", "torch"} & set(sys.modules), "too much"
 
 @pytest.mark.parametrize(("dtype", "kind"), [("bfloat16", np.uint16), ("float16", np.uint16)])
 def test_lossless_keeps_every_pattern_of_sixteen_bits(dtype: str, kind: type) -> None:
-    bits = np.arange(1 << 16, dtype=kind).reshape(1, 2, 128, 256)
+    bits: Array = np.arange(1 << 16, dtype=kind).reshape(1, 2, 128, 256)
     out = np.zeros_like(bits)
     make("lossless").decode(make("lossless").encode(bits, dtype), out)
     np.testing.assert_array_equal(out, bits)
@@ -206,7 +206,7 @@ def test_scalar_symbols_are_the_same_everywhere() -> None:
 
     codec, typical = ScalarCodec(default_params("scalar", head_dim=64)[1]), np.ones(40, np.bool_)
     numbers = (np.arange(40 * 96, dtype=np.uint32) * np.uint32(2654435761) >> 12).astype(np.float32) / 2**17 - 4
-    values = (numbers**3).reshape(40, 96)
+    values = (numbers**3).reshape(40, 96).astype(np.float32)
     planes = [scalar_planes.encode(values, codec.plane(kind, 40, 96), np.float32(0.75), typical) for kind in (KEY, VALUE)]
     records = scalar_planes.assemble(Header(40, 1, 0, 96), planes)
     assert [hashlib.sha256(record).hexdigest()[:16] for record in records] == ["70d551d4ab151572", "63352a7f81648202"]
@@ -277,3 +277,13 @@ with pytest.raises(ResourceError, match="pip install numba"):
     get_codec("lossless", 1, {}).encode(bits, "bfloat16")
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.slow
+def test_no_kernel_reads_or_writes_out_of_bounds(tmp_path: Path) -> None:
+    """The same tests, damaged records among them, with every index checked."""
+    environment = os.environ | {"NUMBA_BOUNDSCHECK": "1", "NUMBA_CACHE_DIR": str(tmp_path)}
+    here = Path(__file__).parent
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "damage or round_trip or shapes or decode", "--deselect"]
+    command += [f"{__file__}::test_no_kernel_reads_or_writes_out_of_bounds", str(here / "test_ans.py"), __file__]
+    subprocess.run(command, check=True, env=environment, cwd=here.parent)

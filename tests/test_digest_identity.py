@@ -150,10 +150,8 @@ def test_tied_table_counts_once_whether_the_checkpoint_holds_it_once_or_twice() 
 @pytest.mark.parametrize("name", TENSORS)
 @pytest.mark.parametrize("field", range(3))
 def test_any_change_of_a_tensor_changes_the_digest(name: str, field: int) -> None:
-    changed = list(TENSORS[name])
-    changed[field] = ("float16", (4, 2), "ff")[field]
-    other = TENSORS | {name: tuple(changed)}
-    assert weights_digest(other, 100) != weights_digest(TENSORS, 100)
+    changed: Any = tuple(new if i == field else old for i, (old, new) in enumerate(zip(TENSORS[name], ("float16", (4, 2), "ff"), strict=True)))
+    assert weights_digest(TENSORS | {name: changed}, 100) != weights_digest(TENSORS, 100)
 
 
 def test_renamed_tensor_changes_the_digest() -> None:
@@ -163,9 +161,11 @@ def test_renamed_tensor_changes_the_digest() -> None:
 
 # models
 
-FIELDS: dict[str, Any] = {"weights": "aa", "config": {"hidden_size": 64, "rope_theta": 10000}, "dtype": "bfloat16", "adapters": (), "quantization": None, "code": None}  # fmt: skip
+FIELDS: dict[str, Any] = {"weights": "aa", "config": {"hidden_size": 64, "rope_theta": 10000}, "dtype": "bfloat16", "adapters": (),
+                          "quantization": None, "code": None}  # fmt: skip
 MODEL = make_model("name", **FIELDS)
-OTHER: dict[str, Any] = {"weights": "ab", "config": {"hidden_size": 64, "rope_theta": 10001}, "dtype": "float16", "adapters": ("cc",), "quantization": "int8", "code": "dd"}  # fmt: skip
+OTHER: dict[str, Any] = {"weights": "ab", "config": {"hidden_size": 64, "rope_theta": 10001}, "dtype": "float16", "adapters": ("cc",),
+                         "quantization": "int8", "code": "dd"}  # fmt: skip
 
 
 @pytest.mark.parametrize("field", FIELDS)

@@ -19,9 +19,8 @@ from kvstore.collector import Collector, GcRules
 from kvstore.errors import InputError, IntegrityError, KvstoreError, NotFoundError, StorageError
 from kvstore.gc import collect, remove, rows_of
 from kvstore.identity import Context, segment_key
-from kvstore.pack import Pack
+from kvstore.pack import REMEDY, Pack
 from kvstore.snapshot import FULL_EVERY, Change, file_name
-from kvstore.storage.local import LocalStorage
 from kvstore.store import Store
 from kvstore.tags import add_tag, list_tags, remove_tag
 from kvstore.verify import verify
@@ -170,17 +169,18 @@ def test_stopped_while_snapshots_go_leaves_a_whole_chain(store: Store, monkeypat
     build(store, [A])
     for n in range(2 * FULL_EVERY):
         store.commit(Change((msgspec.structs.replace(A.row(), metadata={"n": n}),)), "")
-    retire, calls = LocalStorage.retire, iter(range(40))
+    unlink, calls = os.unlink, iter(range(100))
 
-    def stopping(self: LocalStorage, name: str) -> int:
+    def stopping(*args: Any, **kwargs: Any) -> None:
         if next(calls) == 37:
             raise KeyboardInterrupt
-        return retire(self, name)
+        unlink(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(LocalStorage, "retire", stopping)
+        patch.setattr(os, "unlink", stopping)
         with pytest.raises(KeyboardInterrupt):
             collect(store, **NOW)
+    assert FULL_EVERY < len(store.snapshots.numbers()) < 2 * FULL_EVERY
     for number in store.snapshots.numbers():
         assert len(store.snapshots.rows(number)) == 1
     assert sound(store)
@@ -272,6 +272,25 @@ def test_leftovers_of_crashed_writers_go_after_the_grace_period(store: Store) ->
     assert (report.leftovers_removed, store.storage.leftovers(0)) == (1, [])
 
 
+@pytest.mark.parametrize("call", ["unlink", "rename"])
+def test_slow_writer_whose_folder_is_swept_publishes_nothing(store: Store, call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A suspended machine wakes up: the writer goes on while its folder is being deleted. Half a pack must not get a name."""
+    writer, outcomes = new_writer(store.storage), list[str]()
+    for task in B.tasks():
+        writer.add(task.key, task.context, task.ids, make_units(task.key, len(task.ids)))
+
+    def publish() -> None:
+        try:
+            outcomes.append(writer.close() or "")
+        except StorageError:
+            outcomes.append("refused")
+
+    race(monkeypatch, os, call, publish)
+    collect(store, **NOW)
+    assert outcomes == (["refused"] if call == "unlink" else store.storage.names("packs"))
+    assert sound(store)
+
+
 def test_dry_run_says_the_same_and_changes_nothing(store: Store) -> None:
     build(store, [A, B])
     build(store, [C])
@@ -338,7 +357,7 @@ def test_unreadable_pack_is_reported_and_left_alone(store: Store) -> None:
     path = store.storage.path(f"packs/{name}/zarr.json")
     path.write_bytes(path.read_bytes() + b" ")
     report = collect(store, **NOW)
-    assert report.damaged == [f"{name}: packs/{name}/zarr.json does not match its name; rebuild the artifact: `kvstore verify` lists what is damaged"]
+    assert report.damaged == [f"{name}: packs/{name}/zarr.json does not match its name; {REMEDY}"]
     assert store.storage.exists(f"packs/{name}")
 
 
@@ -401,6 +420,16 @@ def test_unreadable_snapshot_stops_everything(store: Store) -> None:
     before = files_of(store)
     with pytest.raises(IntegrityError, match="000000000002"):
         collect(store, **NOW)
+    assert files_of(store) == before
+
+
+def test_store_that_lost_its_snapshots_keeps_its_packs(store: Store) -> None:
+    """As after a copy that left out hidden folders."""
+    build(store, [A, B])
+    store.storage.retire(".kvstore/snapshots")
+    before = files_of(store)
+    report = collect(store, **NOW)
+    assert (report.packs_kept, report.packs_removed, report.snapshots_kept) == (1, [], [])
     assert files_of(store) == before
 
 

@@ -131,7 +131,7 @@ def test_read_only_index_file_means_memory(store: Store, monkeypatch: pytest.Mon
     connect = sqlite3.connect
 
     def read_only(path: str, **options: object) -> sqlite3.Connection:
-        return connect(path if path == ":memory:" else f"file:{path}?mode=ro", uri=True, **options)  # type: ignore[call-overload, no-any-return]
+        return connect(path if path == ":memory:" else f"file:{path}?mode=ro", uri=True, **options)  # type: ignore[call-overload]
 
     monkeypatch.setattr(sqlite3, "connect", read_only)
     fresh = again(store)

@@ -53,7 +53,7 @@ def test_deltas_and_full_lists_add_up(log: SnapshotLog) -> None:
     rng, model, history = random.Random(1), Rows(), {}
     for version in range(1, 2 * FULL_EVERY + 20):
         put = tuple(row(f"d{rng.randrange(30)}", version) for _ in range(rng.randrange(1, 4)))
-        gone = tuple({i for i in rng.sample(sorted(model), min(2, len(model)))} - {r.id for r in put}) if version % 3 == 0 else ()
+        gone = tuple(set(rng.sample(sorted(model), min(2, len(model)))) - {r.id for r in put}) if version % 3 == 0 else ()
         number = log.commit(Change(put, gone), f"n{version}")
         model = {i: r for i, r in model.items() if i not in gone} | {r.id: r for r in put}
         history[number] = dict(model)
@@ -72,8 +72,13 @@ def test_needed_files_are_those_down_to_the_full_list(log: SnapshotLog) -> None:
     assert log.needed([2, FULL_EVERY]) == {1, 2, FULL_EVERY}
 
 
+text = st.text(st.characters(exclude_categories=["Cs"]))
+numbers = st.integers(-(2**53), 2**53) | st.floats(allow_nan=False, allow_infinity=False)
+values = st.none() | st.booleans() | numbers | text | st.lists(st.integers(0, 9))
+
+
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1), st.dictionaries(st.text(st.characters(exclude_categories=["Cs"])), st.one_of(st.none(), st.booleans(), st.integers(-(2**53), 2**53), st.floats(allow_nan=False, allow_infinity=False), st.text(st.characters(exclude_categories=["Cs"])), st.lists(st.integers(0, 9)))))  # fmt: skip
+@given(source=text.filter(bool), metadata=st.dictionaries(text, values))
 def test_any_source_and_metadata_come_back(tmp_path_factory: pytest.TempPathFactory, source: str, metadata: dict[str, object]) -> None:
     log = SnapshotLog(LocalStorage(tmp_path_factory.mktemp("log")))
     wanted = msgspec.structs.replace(row("a"), source=source, metadata=metadata)
@@ -88,7 +93,7 @@ def test_any_source_and_metadata_come_back(tmp_path_factory: pytest.TempPathFact
 def test_lost_race_is_applied_on_top_of_what_won(log: SnapshotLog, monkeypatch: pytest.MonkeyPatch) -> None:
     log.commit(Change((row("a"),)), "first")
     other, create = SnapshotLog(log.storage), log.storage.create
-    raced = []
+    raced: list[str] = []
 
     def late(name: str, data: bytes) -> bool:
         if not raced:

@@ -12,10 +12,11 @@ import pytest
 
 from kvstore.errors import KvstoreError, StorageError
 from kvstore.snapshot import Change, SnapshotLog
-from kvstore.storage import local
-from kvstore.storage.local import LocalStorage, make_folder, same_content
+from kvstore.storage import files
+from kvstore.storage.files import make_folder, same_content
+from kvstore.storage.local import LocalStorage
 from kvstore.store import create
-from tests.contracts.storage import StorageContract
+from tests.contracts.storage import StorageContract, stage
 from tests.synthetic import Document, build, files_of, make_store, make_units, new_writer
 
 
@@ -70,7 +71,7 @@ def test_everything_is_on_the_disk_before_its_name_and_its_name_before_the_answe
 
 def test_new_folders_are_synced_into_their_parents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[Path] = []
-    monkeypatch.setattr(local, "sync_folder", synced.append)
+    monkeypatch.setattr(files, "sync_folder", synced.append)
     make_folder(tmp_path / "a" / "b" / "c")
     assert synced == [tmp_path, tmp_path / "a", tmp_path / "a" / "b"]
     make_folder(tmp_path / "a" / "b" / "c")
@@ -145,6 +146,22 @@ def test_without_file_locks_writing_goes_on_with_a_warning(
     monkeypatch.setattr(fcntl, "flock", failing(errno.ENOLCK))
     assert SnapshotLog(storage).commit(Change((Document("a").row(),)), "test") == 1
     assert "do not run gc while something is built" in caplog.text
+
+
+def test_sound_folder_stays_when_the_staged_one_is_swept(storage: LocalStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a writer that was too slow would take away what a faster one has published and reported."""
+    storage.create("packs/zarr.json", b"{}")
+    assert storage.publish(stage(storage, x=b"1"), "packs/p")
+    slow, compare = stage(storage, x=b"1"), files.same_content
+
+    def swept_first(ours: Path, theirs: Path) -> bool:
+        storage.sweep(slow)
+        return compare(ours, theirs)
+
+    monkeypatch.setattr(files, "same_content", swept_first)
+    with pytest.raises(StorageError):
+        storage.publish(slow, "packs/p", mend=True)
+    assert storage.read("packs/p/x") == b"1"
 
 
 def test_same_content_sees_every_difference(tmp_path: Path) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
+import threading
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -54,7 +57,9 @@ def shard_of(records: dict[tuple[int, int], tuple[bytes, Array]], blocks: int) -
     return body + packed + crc(packed)
 
 
-def write(folder: Path, codec_name: str, dtype: str, level: int = 0, changes: dict[str, Any] | None = None) -> dict[tuple[int, int], tuple[bytes, Array]]:
+def write(
+    folder: Path, codec_name: str, dtype: str, level: int = 0, changes: dict[str, Any] | None = None
+) -> dict[tuple[int, int], tuple[bytes, Array]]:
     """An array of two groups and three blocks, the last of them empty, in one shard."""
     records = records_of(codec_name, dtype, level)
     version, params = default_params(codec_name, head_dim=16)
@@ -93,7 +98,7 @@ def test_the_entry_point_names_the_codec() -> None:
 @pytest.mark.parametrize("codec_name", ["raw", "lossless", "scalar"])
 def test_zarr_decodes_chunks_and_pads_with_nan(tmp_path: Path, codec_name: str, dtype: str) -> None:
     records = write(tmp_path / "t0", codec_name, dtype)
-    array = zarr.open(str(tmp_path / "t0"), mode="r")
+    array = zarr.open_array(str(tmp_path / "t0"), mode="r")
     want = expected(codec_name, dtype, records)
     np.testing.assert_array_equal(array[...], want)
     np.testing.assert_array_equal(array[2, 1, 14:20, 7:9], want[2, 1, 14:20, 7:9])
@@ -108,14 +113,16 @@ def test_padding_patterns_are_nan(dtype: str, kind: type) -> None:
 def test_a_refinement_points_to_as_zarr(tmp_path: Path) -> None:
     write(tmp_path / "t1", "scalar", "bfloat16", level=1)
     with pytest.raises(FormatError, match="as_zarr"):
-        zarr.open(str(tmp_path / "t1"), mode="r")[...]
+        zarr.open_array(str(tmp_path / "t1"), mode="r")[...]
 
 
-@pytest.mark.parametrize("changes", [{"codec": "zfp"}, {"version": 7}, {"params": {"x": 1}}, {"dtype": "float64"}, {"extra": 1}, {"calibration": "ab"}])
+@pytest.mark.parametrize(
+    "changes", [{"codec": "zfp"}, {"version": 7}, {"params": {"x": 1}}, {"dtype": "float64"}, {"extra": 1}, {"calibration": "ab"}]
+)
 def test_configurations_of_other_versions_are_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
     write(tmp_path / "t0", "lossless", "bfloat16", changes=changes)
     with pytest.raises(FormatError):
-        zarr.open(str(tmp_path / "t0"), mode="r")[...]
+        zarr.open_array(str(tmp_path / "t0"), mode="r")[...]
 
 
 def test_a_dtype_that_the_codec_does_not_give_is_refused(tmp_path: Path) -> None:
@@ -124,7 +131,7 @@ def test_a_dtype_that_the_codec_does_not_give_is_refused(tmp_path: Path) -> None
     document = json.loads(path.read_text(encoding="utf-8")) | {"data_type": "float32", "fill_value": "NaN"}
     path.write_text(json.dumps(document), encoding="utf-8")
     with pytest.raises(FormatError, match="uint16"):
-        zarr.open(str(tmp_path / "t0"), mode="r")[...]
+        zarr.open_array(str(tmp_path / "t0"), mode="r")[...]
 
 
 def test_records_larger_than_their_chunk_are_damage() -> None:
@@ -141,4 +148,21 @@ def test_configuration_round_trips_and_writing_is_refused(tmp_path: Path) -> Non
     codec = UnitCodec.from_dict(configuration)
     assert UnitCodec.from_dict(codec.to_dict()) == codec and hash(codec) == hash(UnitCodec.from_dict(codec.to_dict()))
     with pytest.raises(InputError):
-        zarr.open(str(tmp_path / "t0"), mode="r+")[...] = 0
+        zarr.open_array(str(tmp_path / "t0"), mode="r+")[...] = 0
+
+
+def test_the_event_loop_is_not_what_decodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the loop's own thread chunks would decode one after another."""
+    write(tmp_path / "t0", "raw", "bfloat16")
+    plain = UnitCodec.decode_record
+    seen: set[str] = set()
+
+    def watched(self: UnitCodec, *args: Any) -> Array:
+        with contextlib.suppress(RuntimeError):
+            asyncio.get_running_loop()
+            seen.add(threading.current_thread().name)
+        return plain(self, *args)
+
+    monkeypatch.setattr(UnitCodec, "decode_record", watched)
+    zarr.open_array(str(tmp_path / "t0"), mode="r")[...]
+    assert not seen

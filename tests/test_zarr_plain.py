@@ -15,7 +15,7 @@ import zarr
 from kvstore.errors import NotFoundError
 from kvstore.pack import NO_TOKEN, Pack
 from kvstore.store import Store
-from kvstore.zarr_view import as_zarr
+from kvstore.zarr_view import TierStore, as_zarr
 from tests.golden import make
 from tests.plain_reader import parse_row
 
@@ -127,6 +127,14 @@ def test_the_view_is_read_only_and_knows_its_tiers(store: Store) -> None:
         array[0] = 0
     with pytest.raises(NotFoundError, match="no pack .* has a tier 'finest'"):
         as_zarr(store, "finest")
+
+
+def test_the_view_has_no_chunks_beyond_its_arrays(store: Store) -> None:
+    name = PACKS["scalar-1"]["pack"]
+    inside = TierStore({name: Pack(store.storage, name)}, "fine")
+    asked = ("c.0.0.0.0", "c.2.0.2.0", "c.3.0.0.0", "c.0.0.3.0", "c.-1.0.0.0", "c.0.0", "nothing")
+    found = [inside._value(f"{name}/{key}") is not None for key in asked]
+    assert found == [True, True, False, False, False, False, False]
 
 
 def test_the_view_reads_parts(store: Store) -> None:

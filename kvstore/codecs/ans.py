@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from kvstore.codecs import ans_kernels as kernels
+from kvstore.codecs import ans_kernels, ternary_kernels
 from kvstore.codecs.base import Reader, damaged
 
 STREAM, TOTAL = 4096, 4096
@@ -92,7 +92,7 @@ def encode(symbols: Bytes, runs: Runs, table_of_run: Bytes, tables: U32) -> Code
     ends = np.zeros(runs.streams + 1, np.int64)
     words = np.empty((4, runs.run * runs.per * 12 // 32 + 4), np.uint32)
     out = np.empty(1 + runs.streams * words.shape[1], np.uint32)
-    kernels.encode(symbols, runs.run, runs.per, table_of_run, _frozen(tables), words, ends, out)
+    ans_kernels.encode(symbols, runs.run, runs.per, table_of_run, _frozen(tables), words, ends, out)
     return Coded(out, ends)
 
 
@@ -100,7 +100,7 @@ def decode(coded: Coded, runs: Runs, table_of_run: Bytes, tables: U32) -> Bytes:
     """uint8 [symbols] by `tables` [k, 4096]. Raises IntegrityError for streams that no encoder writes."""
     out = np.empty(runs.symbols, np.uint8)
     _check(coded, runs)
-    if not kernels.decode(_frozen(coded.words), coded.ends, runs.run, runs.per, table_of_run, _frozen(tables), out):
+    if not ans_kernels.decode(_frozen(coded.words), coded.ends, runs.run, runs.per, table_of_run, _frozen(tables), out):
         raise damaged("a stream does not decode")
     return out
 
@@ -113,7 +113,7 @@ def decode_ternary(coded: Coded, runs: Runs, table_of_run: Bytes, thirds: U32, b
     """
     out = np.empty(runs.symbols, np.int8)
     _check(coded, runs)
-    if not kernels.decode_ternary(_frozen(coded.words), coded.ends, runs.run, runs.per, table_of_run, _frozen(thirds), base, out):
+    if not ternary_kernels.decode(_frozen(coded.words), coded.ends, runs.run, runs.per, table_of_run, _frozen(thirds), base, out):
         raise damaged("a stream does not decode")
     return out
 

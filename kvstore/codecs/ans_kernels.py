@@ -1,4 +1,4 @@
-"""The loops of `ans`, compiled. Helpers take scalars only: an array argument would cost a reference count a symbol."""
+"""The loops of `ans`, compiled. What runs for each symbol takes scalars only: an array argument costs a reference count."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kvstore.codecs.jit import compiled, helper, inlined, int8, uint32, uint64
+from kvstore.codecs.jit import compiled, helper, inlined, uint32, uint64
 
 Array = npt.NDArray[Any]
 
@@ -27,7 +27,7 @@ def _full(x: int, entry: int) -> bool:
 
 
 @inlined
-def _quantile(x: int) -> int:
+def quantile(x: int) -> int:
     return (x >> uint64(12)) & uint64(0xFFF)
 
 
@@ -39,44 +39,18 @@ def _after(x: int, entry: int) -> int:
 
 
 @inlined
-def _short(x: int, at: int, begin: int) -> int:
+def short(x: int, at: int, begin: int) -> int:
     """1 where the state wants another word and its stream has one."""
     return uint64((x < uint64(1 << 32)) & (at > begin))
 
 
 @inlined
-def _refill(x: int, word: int, wanted: int) -> int:
+def refill(x: int, word: int, wanted: int) -> int:
     return x << uint64(32) | uint64(word) if wanted else x
 
 
-@inlined
-def _third(x: int, limits: int) -> int:
-    """Which of three symbols, 0 to 2: limits = first quantile of symbol 2 << 16 | of symbol 1."""
-    q = _quantile(x)
-    return uint64(q >= uint64(limits & uint32(0xFFFF))) + uint64(q >= uint64(limits >> uint32(16)))
-
-
-@inlined
-def _after_third(x: int, entry: int) -> int:
-    """The state after decoding a symbol: entry as in `_quotient`."""
-    high = (x >> uint64(24)) * uint64(entry & uint32(0xFFFF)) + _quantile(x) - uint64(entry >> uint32(16))
-    return high << uint64(12) | (x & uint64(0xFFF))
-
-
-@inlined
-def _context(value: int) -> int:
-    """Where the model of a refinement starts in its row."""
-    return uint64(4) * uint64(value != 0)
-
-
-@inlined
-def _mirror(symbol: int, value: int) -> int:
-    """Symbol 0, 1, 2 as refinement: -1, 0, 1 away from zero, upwards where the value is zero."""
-    return (int8(symbol) - int8(1)) * (int8(value >> 7) | int8(1))
-
-
 @helper
-def _shared(total: int, s: int, size: int, run: int, lanes: int) -> int:
+def shared_runs(total: int, s: int, size: int, run: int, lanes: int) -> int:
     """Whole runs that each of the four streams from s on has; the last stream may be shorter."""
     return (min(total, (s + 4) * size) - (s + 3) * size) // run if lanes == 4 else 0
 
@@ -134,7 +108,7 @@ def encode(symbols: Array, run: int, per: int, table_of_run: Array, tables: Arra
     x, used = np.zeros(4, np.uint64), np.zeros(4, np.int64)
     for s in range(0, streams, 4):
         lanes = min(4, streams - s)
-        shared = _shared(total, s, size, run, lanes)
+        shared = shared_runs(total, s, size, run, lanes)
         for lane in range(lanes):
             first = (s + lane) * size
             x[lane], used[lane] = _encode_lane(symbols, first + shared * run, min(total, first + size), run, table_of_run, tables, words[lane])
@@ -157,7 +131,7 @@ def _append(x: int, words: Array, used: int, out: Array, filled: int) -> int:
 
 
 @helper
-def _start(words: Array, begin: int, end: int, x: Array, at: Array, lane: int) -> None:
+def start(words: Array, begin: int, end: int, x: Array, at: Array, lane: int) -> None:
     """The first two words of a stream, which is read from its end, are its state."""
     x[lane] = uint64(0)
     for _ in range(min(2, end - begin)):
@@ -173,11 +147,11 @@ def _decode_lane(words: Array, begin: int, at: int, x: int, first: int, last: in
     while first < last:
         t, stop = table_of_run[first // run], min(last, (first // run + 1) * run)
         for i in range(first, stop):
-            entry = tables[t, _quantile(x)]
+            entry = tables[t, quantile(x)]
             out[i] = entry & uint32(0xFF)
             x = _after(x, entry)
-            wanted = _short(x, p, b)
-            x = _refill(x, words[p], wanted)
+            wanted = short(x, p, b)
+            x = refill(x, words[p], wanted)
             p -= wanted
         first = stop
     return x == uint64(0) and p == b
@@ -195,10 +169,10 @@ def _decode_four(
     for r in range(r0, r0 + runs):
         t0, t1, t2, t3 = table_of_run[r], table_of_run[r + per], table_of_run[r + 2 * per], table_of_run[r + 3 * per]
         for i in range(r * run, (r + 1) * run):
-            e0, e1, e2, e3 = tables[t0, _quantile(x0)], tables[t1, _quantile(x1)], tables[t2, _quantile(x2)], tables[t3, _quantile(x3)]
+            e0, e1, e2, e3 = tables[t0, quantile(x0)], tables[t1, quantile(x1)], tables[t2, quantile(x2)], tables[t3, quantile(x3)]
             x0, x1, x2, x3 = _after(x0, e0), _after(x1, e1), _after(x2, e2), _after(x3, e3)
-            m0, m1, m2, m3 = _short(x0, p0, b0), _short(x1, p1, b1), _short(x2, p2, b2), _short(x3, p3, b3)
-            x0, x1, x2, x3 = _refill(x0, words[p0], m0), _refill(x1, words[p1], m1), _refill(x2, words[p2], m2), _refill(x3, words[p3], m3)
+            m0, m1, m2, m3 = short(x0, p0, b0), short(x1, p1, b1), short(x2, p2, b2), short(x3, p3, b3)
+            x0, x1, x2, x3 = refill(x0, words[p0], m0), refill(x1, words[p1], m1), refill(x2, words[p2], m2), refill(x3, words[p3], m3)
             p0, p1, p2, p3 = p0 - m0, p1 - m1, p2 - m2, p3 - m3
             out[i], out[i + size], out[i + 2 * size], out[i + 3 * size] = e0 & uint32(0xFF), e1 & uint32(0xFF), e2 & uint32(0xFF), e3 & uint32(0xFF)
     x[0], x[1], x[2], x[3] = x0, x1, x2, x3
@@ -213,86 +187,13 @@ def decode(words: Array, ends: Array, run: int, per: int, table_of_run: Array, t
     for s in range(0, len(ends) - 1, 4):
         lanes = min(4, len(ends) - 1 - s)
         for lane in range(lanes):
-            _start(words, ends[s + lane], ends[s + lane + 1], x, at, lane)
-        shared = _shared(total, s, size, run, lanes)
-        _decode_four(words, ends[s:], s * size, size, run, shared, table_of_run, tables, x, at, out)
+            start(words, ends[s + lane], ends[s + lane + 1], x, at, lane)
+        shared = shared_runs(total, s, size, run, lanes)
+        if shared > 0:
+            _decode_four(words, ends[s:], s * size, size, run, shared, table_of_run, tables, x, at, out)
         for lane in range(lanes):
             first = (s + lane) * size
             good &= _decode_lane(
                 words, ends[s + lane], at[lane], x[lane], first + shared * run, min(total, first + size), run, table_of_run, tables, out
-            )
-    return good
-
-
-@helper
-def _third_lane(
-    words: Array, begin: int, at: int, x: int, first: int, last: int, run: int, table_of_run: Array, thirds: Array, base: Array, out: Array
-) -> bool:
-    p, b = uint64(at), uint64(begin)
-    while first < last:
-        t, stop = table_of_run[first // run], min(last, (first // run + 1) * run)
-        for i in range(first, stop):
-            model = _context(base[i])
-            symbol = _third(x, thirds[t, model])
-            out[i] = _mirror(symbol, base[i])
-            x = _after_third(x, thirds[t, model + symbol + uint64(1)])
-            wanted = _short(x, p, b)
-            x = _refill(x, words[p], wanted)
-            p -= wanted
-        first = stop
-    return x == uint64(0) and p == b
-
-
-@helper
-def _third_four(
-    words: Array,
-    ends: Array,
-    first: int,
-    size: int,
-    run: int,
-    runs: int,
-    table_of_run: Array,
-    thirds: Array,
-    x: Array,
-    at: Array,
-    base: Array,
-    out: Array,
-) -> None:
-    one = uint64(1)
-    x0, x1, x2, x3 = x[0], x[1], x[2], x[3]
-    p0, p1, p2, p3 = at[0], at[1], at[2], at[3]
-    b0, b1, b2, b3 = uint64(ends[0]), uint64(ends[1]), uint64(ends[2]), uint64(ends[3])
-    per, r0 = size // run, first // run
-    for r in range(r0, r0 + runs):
-        t0, t1, t2, t3 = table_of_run[r], table_of_run[r + per], table_of_run[r + 2 * per], table_of_run[r + 3 * per]
-        for i in range(r * run, (r + 1) * run):
-            v0, v1, v2, v3 = base[i], base[i + size], base[i + 2 * size], base[i + 3 * size]
-            c0, c1, c2, c3 = _context(v0), _context(v1), _context(v2), _context(v3)
-            s0, s1, s2, s3 = _third(x0, thirds[t0, c0]), _third(x1, thirds[t1, c1]), _third(x2, thirds[t2, c2]), _third(x3, thirds[t3, c3])
-            x0, x1 = _after_third(x0, thirds[t0, c0 + s0 + one]), _after_third(x1, thirds[t1, c1 + s1 + one])
-            x2, x3 = _after_third(x2, thirds[t2, c2 + s2 + one]), _after_third(x3, thirds[t3, c3 + s3 + one])
-            m0, m1, m2, m3 = _short(x0, p0, b0), _short(x1, p1, b1), _short(x2, p2, b2), _short(x3, p3, b3)
-            x0, x1, x2, x3 = _refill(x0, words[p0], m0), _refill(x1, words[p1], m1), _refill(x2, words[p2], m2), _refill(x3, words[p3], m3)
-            p0, p1, p2, p3 = p0 - m0, p1 - m1, p2 - m2, p3 - m3
-            out[i], out[i + size], out[i + 2 * size], out[i + 3 * size] = _mirror(s0, v0), _mirror(s1, v1), _mirror(s2, v2), _mirror(s3, v3)
-    x[0], x[1], x[2], x[3] = x0, x1, x2, x3
-    at[0], at[1], at[2], at[3] = p0, p1, p2, p3
-
-
-@compiled
-def decode_ternary(words: Array, ends: Array, run: int, per: int, table_of_run: Array, thirds: Array, base: Array, out: Array) -> bool:
-    """As `decode`, for three symbols in the context of the int8 `base`; fills the int8 `out`."""
-    total, size, good = len(out), run * per, True
-    x, at = np.zeros(4, np.uint64), np.zeros(4, np.uint64)
-    for s in range(0, len(ends) - 1, 4):
-        lanes = min(4, len(ends) - 1 - s)
-        for lane in range(lanes):
-            _start(words, ends[s + lane], ends[s + lane + 1], x, at, lane)
-        shared = _shared(total, s, size, run, lanes)
-        _third_four(words, ends[s:], s * size, size, run, shared, table_of_run, thirds, x, at, base, out)
-        for lane in range(lanes):
-            first = (s + lane) * size
-            good &= _third_lane(
-                words, ends[s + lane], at[lane], x[lane], first + shared * run, min(total, first + size), run, table_of_run, thirds, base, out
             )
     return good

@@ -91,7 +91,13 @@ def thirds(grid: Grid, scale_class: int) -> tuple[int, int, int]:
 def source() -> str:
     """The text of table_data.py."""
     grid = tail_grid()
-    lines = ['"""Made by make_tables.py; see there. Never changed: records depend on it."""', "", "from __future__ import annotations", ""]
+    lines = [
+        '"""Made by make_tables.py; see there. Never changed: records depend on it."""',
+        "",
+        "from __future__ import annotations",
+        "",
+        "# fmt: off",
+    ]
     lines += ["# per scale class: 12-bit weights of |value| = 0, 1, 2 ...", "BASE: tuple[tuple[int, ...], ...] = ("]
     for scale_class in range(CLASSES):
         lines += wrapped(base_weights(grid, scale_class))

@@ -169,10 +169,9 @@ def _restore_escapes(plane: Plane, base: Array, thirds: Array, offsets: I32, ste
     at = escapes.at
     if not len(at):
         return
+    channel, token = np.divmod(at, plane.tokens) if plane.channel_major else np.divmod(at, plane.channels)[::-1]
     levels = 3 * escapes.correct(base[at].astype(np.int64))
     levels += thirds[at] if len(thirds) else 0
-    if plane.channel_major:
-        channel, token = np.divmod(at, plane.tokens)
-        out[token, channel] = (levels + 3 * offsets[channel].astype(np.int64)).astype(np.float32) * step
-    else:
-        out.reshape(-1)[at] = levels.astype(np.float32) * step
+    levels += 3 * offsets[channel].astype(np.int64) if plane.channel_major else 0
+    with np.errstate(over="ignore"):  # damage only: no true value overflows
+        out[token, channel] = levels.astype(np.float32) * step

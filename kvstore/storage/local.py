@@ -1,86 +1,27 @@
 """A store on a local file system: memory-mapped reads, atomic and durable publication.
 
-Nothing published is ever changed in place. A folder is staged under `.kvstore/tmp`, synced bottom-up and renamed into place; a
-single file is written beside its target and hard-linked to it, which fails if the name is taken: that is the only lock.
+Nothing published is ever changed in place. A folder is staged under `.kvstore/tmp`, synced bottom-up and renamed into place; a single file
+is written beside its target and hard-linked to it, which fails if the name is taken. A lock keeps collectors out while a snapshot is committed.
 """
 
 from __future__ import annotations
 
-import errno
-import filecmp
 import logging
 import mmap
 import os
 import shutil
-import sys
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from kvstore.errors import NotFoundError, StorageError
-
-if sys.platform == "win32":
-    import msvcrt
-else:
-    import fcntl
+from kvstore.errors import NotFoundError
+from kvstore.storage.files import delete, differs, hold, make_folder, newest_change, rename_to_free, sync_folder, translated, write_synced
 
 log = logging.getLogger("kvstore")
 TMP = ".kvstore/tmp"
 LOCK = ".kvstore/lock"
-_REMEDY = {
-    errno.ENOSPC: "free some space and run the same command again: it does only what is missing",
-    errno.EDQUOT: "free some quota and run the same command again: it does only what is missing",
-    errno.EACCES: "check the permissions of the store",
-    errno.EPERM: "check the permissions of the store; its file system must allow hard links",
-    errno.EROFS: "the store is on a read-only file system: copy it to write to it",
-}
-
-
-@contextmanager
-def translated(what: str) -> Iterator[None]:
-    """OSError becomes StorageError with the path and a remedy."""
-    try:
-        yield
-    except (StorageError, NotFoundError):
-        raise
-    except OSError as error:
-        remedy = _REMEDY.get(error.errno or 0, "check the disk and run the same command again")
-        raise StorageError(f"{what}: {error.strerror or error}", remedy=remedy) from error
-
-
-def sync_folder(path: Path) -> None:
-    """Make the names in a folder durable. Windows has no such call."""
-    if sys.platform == "win32":
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def make_folder(path: Path) -> None:
-    """A folder and its parents; the names of those that are new are on the disk when this returns."""
-    missing = [p for p in (path, *path.parents) if not p.exists()]
-    path.mkdir(parents=True, exist_ok=True)
-    for folder in reversed(missing):
-        sync_folder(folder.parent)
-
-
-def same_content(ours: Path, theirs: Path) -> bool:
-    """Whether two folders hold the same files, byte for byte."""
-    names, others = ({p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()} for folder in (ours, theirs))
-    return names == others and not any(filecmp.cmpfiles(ours, theirs, names, shallow=False)[1:])
-
-
-def write_synced(path: Path, data: bytes | memoryview) -> None:
-    """A new file with `data`, on the disk when this returns (its name is not, before `sync_folder`)."""
-    with open(path, "xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 class LocalStorage:
@@ -160,7 +101,7 @@ class LocalStorage:
             make_folder(self.path(LOCK).parent)
             file = open(self.path(LOCK), "a+b")  # noqa: SIM115  closed below
         with file:
-            _hold(file.fileno(), exclusive)
+            hold(file.fileno(), exclusive)
             yield
 
     def publish(self, staged: Path, name: str, *, mend: bool = False) -> bool:
@@ -170,22 +111,24 @@ class LocalStorage:
         """
         target = self.path(name)
         with translated(str(target)):
-            if mend and target.exists() and not same_content(staged, target):
-                log.warning("%s was damaged: replaced", target)
-                self.retire(name)
-            if target.exists():
-                shutil.rmtree(staged, ignore_errors=True)
+            if mend:
+                self._clear_damage(staged, name)
+            if rename_to_free(staged, target):
+                sync_folder(target.parent)
+                return True
+            shutil.rmtree(staged, ignore_errors=True)
+            with suppress(FileNotFoundError):
                 os.utime(target)  # young again: a collector leaves it alone until the snapshot that needs it is there
-                return False
-            try:
-                os.rename(staged, target)
-            except OSError as error:
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) and not target.exists():
-                    raise
-                shutil.rmtree(staged, ignore_errors=True)
-                return False
-            sync_folder(target.parent)
-            return True
+            return False
+
+    def _clear_damage(self, staged: Path, name: str) -> None:
+        """Remove what stands under a name without being what it should be. Locked: nobody else removes or replaces it meanwhile."""
+        target = self.path(name)
+        if differs(target, staged):
+            with self.lock(exclusive=True):
+                if differs(target, staged):
+                    log.warning("%s is damaged and is replaced", target)
+                    self.retire(name)
 
     def create(self, name: str, data: bytes) -> bool:
         """A new file, whole and durable, or False where the name is taken: of two writers exactly one succeeds."""
@@ -204,28 +147,33 @@ class LocalStorage:
             return True
 
     def retire(self, name: str) -> int:
-        """Delete a file or a folder: moved out of sight in one step first, so that no reader sees half of it. Bytes freed."""
-        path, grave = self.path(name), self.path(TMP) / f"retired-{uuid.uuid4().hex}"
-        with translated(str(path)):
-            make_folder(grave.parent)
-            try:
-                os.rename(path, grave)
-            except FileNotFoundError:
-                return 0
-            sync_folder(path.parent)
-            return self.sweep(grave)
+        """Delete a file or a folder. Bytes freed, 0 where it was gone already."""
+        with translated(str(self.path(name))):
+            return self.sweep(self.path(name))
 
     def sweep(self, path: Path) -> int:
-        """Delete a file or folder under tmp, if nobody else did. Bytes freed."""
+        """Delete a file or a folder, tmp's included. Bytes freed.
+
+        It is moved out of sight in one step first: no reader sees half of it, and a writer that was only slow cannot publish what is left.
+        """
+        grave = self.path(TMP) / f"retired-{uuid.uuid4().hex}"
+        make_folder(grave.parent)
         try:
-            if path.is_file():
-                freed = path.stat().st_size
-                path.unlink(missing_ok=True)
-                return freed
-            freed = sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
+            os.rename(path, grave)
         except FileNotFoundError:
-            freed = 0
-        shutil.rmtree(path, ignore_errors=True)
+            return 0
+        if path.parent != grave.parent:
+            sync_folder(path.parent)
+        return delete(grave)
+
+    def discard(self, names: Sequence[str]) -> int:
+        """Delete single files, in this order, with one sync a folder. Bytes freed."""
+        freed = 0
+        for path in map(self.path, names):
+            with translated(str(path)):
+                freed += delete(path)
+        for folder in {self.path(n).parent for n in names}:
+            sync_folder(folder)
         return freed
 
     def leftovers(self, older_than: float) -> list[Path]:
@@ -233,22 +181,3 @@ class LocalStorage:
         folder = self.path(TMP)
         found = folder.iterdir() if folder.exists() else ()
         return [p for p in found if time.time() - newest_change(p) >= older_than]
-
-
-def _hold(handle: int, exclusive: bool) -> None:
-    """Lock an open file until it is closed. Where the file system has no locks, the grace period alone protects writers from gc."""
-    try:
-        if sys.platform == "win32":
-            msvcrt.locking(handle, msvcrt.LK_LOCK, 1)
-        else:
-            fcntl.flock(handle, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
-    except OSError as error:
-        log.warning("no file locks here (%s): do not run gc while something is built", error.strerror)
-
-
-def newest_change(path: Path) -> float:
-    """Time of the last change anywhere below `path`: a live writer keeps touching its files."""
-    try:
-        return max([path.stat().st_mtime, *(f.stat().st_mtime for f in path.rglob("*"))])
-    except FileNotFoundError:
-        return time.time()

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 from cli_run import Ran, run_json, run_main
+from kvstore.cli import build as command
 
 import kvstore
 from kvstore import builder
-from kvstore.cli import build as command
 from kvstore.store import Store
 
 
@@ -76,9 +76,28 @@ def test_options_reach_the_library(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "system.txt").write_text("You answer from the text.")
     (tmp_path / "template.txt").write_text("{system}\n\n{document}\n\nQ: {query}\nA:\n")
     (corpus / "notes.log").write_text("The number of the old log is 12.")
-    found = run_json("build", corpus, "--store", tmp_path / "s", "--codec", "raw", "--model", "bundled", "--template", tmp_path / "template.txt",
-                     "--system", tmp_path / "system.txt", "--regime", "isolated", "--passage-tokens", "100", "--include", "s*.md",
-                     "--include", "*.log")  # fmt: skip
+    found = run_json(
+        "build",
+        corpus,
+        "--store",
+        tmp_path / "s",
+        "--codec",
+        "raw",
+        "--model",
+        "bundled",
+        "--template",
+        tmp_path / "template.txt",
+        "--system",
+        tmp_path / "system.txt",
+        "--regime",
+        "isolated",
+        "--passage-tokens",
+        "100",
+        "--include",
+        "s*.md",
+        "--include",
+        "*.log",
+    )
     assert found["documents"] == 3 and "blocks" in found["serves"]
     store = Store(tmp_path / "s")
     assert store.templates()[0].system == "You answer from the text." and store.templates()[0].kind == "file"
@@ -92,8 +111,10 @@ def test_without_a_model_the_bundled_one_is_used_with_a_warning(sample: Path, tm
     assert ran.status == 0 and ran.err.startswith("kvstore: warning: no model given")
 
 
-@pytest.mark.parametrize(("words", "status"), [(["nowhere"], 2), (["--system", "nowhere"], 2), (["--template", "nowhere"], 2), (["--model", "nowhere"], 2),
-                                               (["--passage-tokens", "3"], 2)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "status"),
+    [(["nowhere"], 2), (["--system", "nowhere"], 2), (["--template", "nowhere"], 2), (["--model", "nowhere"], 2), (["--passage-tokens", "3"], 2)],
+)
 def test_wrong_input(sample: Path, tmp_path: Path, words: list[str], status: int) -> None:
     found = run_json("build", sample, "--store", tmp_path / "s", "--model", "bundled", *words, status=status)
     assert found["error"]["remedy"]
@@ -103,7 +124,7 @@ def test_long_documents_may_be_an_error(sample: Path, tmp_path: Path) -> None:
     (tmp_path / "long.md").write_text("One two three four five six seven. " * 1500)
     words = ("build", tmp_path / "long.md", "--store", tmp_path / "s", "--codec", "raw", "--model", "bundled")
     assert run_json(*words, "--long", "error", status=2)["error"]["code"] == "too-long"
-    assert run_json(*words, sample, "--long", "skip")["skipped"][0]["source"] == "long.md"
+    assert run_json(*words, "--long", "skip", sample)["skipped"][0]["source"] == "long.md"
 
 
 def interrupted_after(documents: int, monkeypatch: pytest.MonkeyPatch, *words: str | Path) -> Ran:

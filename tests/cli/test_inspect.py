@@ -20,14 +20,24 @@ def test_ls(built: Path) -> None:
         assert found["tiers"] == ["standard", "fine", "lossless"] and found["regimes"] == ["prefix", "isolated"]
     lines = run_main("ls", "--store", built).out.splitlines()
     assert lines[0].split() == ["source", "passages", "tokens", "bytes", "tiers", "regime"]
-    assert lines[2].split() == ["silver-tower.md", "1", "308", *f"{listed['silver-tower.md']['nbytes'] / 1024:.1f} KiB".split(), "standard,",
-                                "fine,", "lossless", "both"]  # fmt: skip
+    assert lines[2].split() == [
+        "silver-tower.md",
+        "1",
+        "308",
+        *f"{listed['silver-tower.md']['nbytes'] / 1024:.1f} KiB".split(),
+        "standard,",
+        "fine,",
+        "lossless",
+        "both",
+    ]
     assert lines[-1].startswith("snapshot 1: 3 documents, ")
 
 
 def test_ls_counts_both_regimes_where_they_are_two_artifacts(sample: Path, tmp_path: Path) -> None:
     (tmp_path / "system.txt").write_text("You answer from the text.")
-    run_json("build", sample, "--store", tmp_path / "s", "--codec", "raw", "--regime", "both", "--system", tmp_path / "system.txt", "--model", "bundled")
+    run_json(
+        "build", sample, "--store", tmp_path / "s", "--codec", "raw", "--regime", "both", "--system", tmp_path / "system.txt", "--model", "bundled"
+    )
     (found,) = run_json("ls", "silver-tower.md", "--store", tmp_path / "s")["documents"]
     assert found["tokens"] == 308 and found["nbytes"] == 2 * Store(tmp_path / "s")["silver-tower.md"].nbytes()
     segments = run_json("show", "silver-tower.md", "--store", tmp_path / "s")["segments"]
@@ -63,11 +73,11 @@ def test_show_metadata_and_passages(sample: Path, tmp_path: Path) -> None:
     text = (sample / "silver-tower.md").read_text().replace("\n", "\\n").replace('"', '\\"')
     (tmp_path / "a.jsonl").write_text(f'{{"id": "x/1", "text": "{text}", "author": "Mercer", "year": 1871}}\n')
     run_json("build", tmp_path / "a.jsonl", "--store", tmp_path / "s", "--codec", "raw", "--passage-tokens", "128", "--model", "bundled")
-    whole = run_json("show", "x/1", "--store", tmp_path / "s")
+    whole = run_json("show", "a.jsonl/x/1", "--store", tmp_path / "s")
     assert whole["metadata"] == {"author": "Mercer", "year": 1871} and whole["passages"] == len(whole["segments"]) > 2
-    second = run_json("show", "x/1#1", "--store", tmp_path / "s")
+    second = run_json("show", "a.jsonl/x/1#1", "--store", tmp_path / "s")
     assert [s["passage"] for s in second["segments"]] == [1] and second["tokens"] == whole["segments"][1]["tokens"]
-    assert run_json("show", "x/1#99", "--store", tmp_path / "s", status=3)["error"]["code"] == "not-found"
+    assert run_json("show", "a.jsonl/x/1#99", "--store", tmp_path / "s", status=3)["error"]["code"] == "not-found"
 
 
 def test_keys_choose_versions(built: Path) -> None:
@@ -102,7 +112,11 @@ def test_match_shows_where_a_text_parts(sample: Path, built: Path, tmp_path: Pat
     place = text.index("access code of the silver tower is ") + len("access code of the silver tower is ")
     found = run_json("match", "--text", text[:place] + "\x1bxyz" + text[place:], "--store", built)
     assert not found["exact"] and found["sources"] == ["silver-tower.md"] and 0 < found["matched"] < 308
-    assert found["before"].endswith("silver tower is") and found["found_text"].strip().startswith(text[place : place + 3]) and "\x1b" in found["given_text"]
+    assert (
+        found["before"].rstrip().endswith("silver tower is")
+        and found["found_text"].strip().startswith(text[place : place + 3])
+        and "\x1b" in found["given_text"]
+    )
     (tmp_path / "edited.md").write_text(text[:place] + "\x1bxyz" + text[place:])
     lines = run_main("match", tmp_path / "edited.md", "--store", built).out.splitlines()
     assert lines[0].startswith(f"{found['matched']} of {found['total']} tokens match 'silver-tower.md'")

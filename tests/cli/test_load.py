@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from safetensors import safe_open
 from transformers import DynamicCache
 from transformers.models.llama import modeling_llama as llama
 
+from kvstore import bundled
 from kvstore.errors import ResourceError
 from kvstore.store import Store
 
@@ -32,7 +34,9 @@ def test_it_answers_and_says_how_long_it_took(built: Path) -> None:
 def test_the_object(built: Path) -> None:
     found = run_json(*ASK, "--store", built)
     took = found["first_token"]
-    assert found["query"] == QUERY and took["tokens"] == found["receipt"]["prompt_tokens"] and took["cached_tokens"] == found["receipt"]["cached_tokens"]
+    assert (
+        found["query"] == QUERY and took["tokens"] == found["receipt"]["prompt_tokens"] and took["cached_tokens"] == found["receipt"]["cached_tokens"]
+    )
     assert took["stored"] > 0 and took["ratio"] == pytest.approx(took["cold"] / took["stored"]) and took["runs"] >= 1
 
 
@@ -44,9 +48,19 @@ def test_several_documents_side_by_side(built: Path) -> None:
     assert [d["action"] for d in kept] == ["reused", "reused", "prefilled"]
 
 
-@pytest.mark.parametrize(("wish", "tier"), [(["--tier", "standard"], "standard"), (["--tier", "fine"], "fine"), (["--max-kl", "0"], "lossless"),
-                                            (["--max-kl", "0.5"], "lossless"), (["--max-bytes", "300K"], "fine"), (["--max-bytes", "120000"], "standard"),
-                                            (["--deadline", "60"], "lossless"), ([], "lossless")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("wish", "tier"),
+    [
+        (["--tier", "standard"], "standard"),
+        (["--tier", "fine"], "fine"),
+        (["--max-kl", "0"], "lossless"),
+        (["--max-kl", "0.5"], "lossless"),
+        (["--max-bytes", "300K"], "fine"),
+        (["--max-bytes", "120000"], "standard"),
+        (["--deadline", "60"], "lossless"),
+        ([], "lossless"),
+    ],
+)
 def test_wishes_for_quality(built: Path, tmp_path: Path, wish: list[str], tier: str) -> None:
     receipt = run_json("load", "silver-tower.md", "--out", tmp_path / "a.safetensors", "--store", built, *wish)["receipt"]
     assert (receipt["tier"], receipt["source"]) == (tier, "silver-tower.md")
@@ -104,13 +118,13 @@ def test_the_file_replaces_an_older_one_whole_or_not_at_all(built: Path, tmp_pat
     assert run_json("load", "silver-tower.md", "stone-bridge.md", "--out", out, "--store", built, status=2)["error"]["code"] == "usage"
 
 
-def test_no_model_is_loaded_for_a_file(store: Path, tmp_path: Path) -> None:
-    """A store whose model is nowhere still exports."""
-    record = next((store / "models").glob("*/zarr.json"))
-    record.write_text(record.read_text().replace('"source": "bundled"', '"source": "/nowhere"'))
-    assert '"source": "/nowhere"' in record.read_text()
-    assert run_json("load", "silver-tower.md", "--out", tmp_path / "a", "--store", store)["receipt"]["tokens"] == 308
-    assert run_json(*ASK, "--store", store, status=2)["error"]["code"] == "input"
+def test_no_model_is_loaded_for_a_file(sample: Path, tmp_path: Path) -> None:
+    """A store whose model is gone still exports."""
+    model = Path(shutil.copytree(bundled.model_path(), tmp_path / "model"))
+    run_json("build", sample, "--store", tmp_path / "s", "--codec", "raw", "--model", model)
+    shutil.rmtree(model)
+    assert run_json("load", "silver-tower.md", "--out", tmp_path / "a", "--store", tmp_path / "s")["receipt"]["tokens"] == 308
+    assert run_json(*ASK, "--store", tmp_path / "s", status=2)["error"]["code"] == "input"
 
 
 def test_another_model_is_refused(built: Path, tmp_path: Path, bundled_model: Any, bundled_tokenizer: Any) -> None:

@@ -10,15 +10,22 @@ from typing import Any
 
 import pytest
 from cli_run import run_main, validate
+from kvstore.cli import ls
+from kvstore.cli import main as program
 
 import kvstore
 from kvstore import errors
-from kvstore.cli import ls, main as program
 
 ERRORS = [
-    errors.InputError, errors.NotFoundError, errors.IncompatibleError, errors.FormatError, errors.IntegrityError, errors.StorageError,
-    errors.ResourceError, errors.KvstoreError,
-]  # fmt: skip
+    errors.InputError,
+    errors.NotFoundError,
+    errors.IncompatibleError,
+    errors.FormatError,
+    errors.IntegrityError,
+    errors.StorageError,
+    errors.ResourceError,
+    errors.KvstoreError,
+]
 
 
 def python(code: str, *words: str) -> subprocess.CompletedProcess[str]:
@@ -62,9 +69,21 @@ def test_exit_statuses_differ() -> None:
     assert len({e.exit_status for e in ERRORS}) == len(ERRORS)
 
 
-@pytest.mark.parametrize("words", [["nosuch"], ["ls", "--nosuch"], ["show"], ["load", "a", "--query", "b", "--out", "c"],
-                                   ["load", "a", "--query", "b", "--tier", "x", "--max-kl", "1"], ["load", "a"], ["match"], ["snapshots", "3"],
-                                   ["load", "a", "--query", "b", "--max-bytes", "many"], ["build", "x", "--codec", "zip"]])  # fmt: skip
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["nosuch"],
+        ["ls", "--nosuch"],
+        ["show"],
+        ["load", "a", "--query", "b", "--out", "c"],
+        ["load", "a", "--query", "b", "--tier", "x", "--max-kl", "1"],
+        ["load", "a"],
+        ["match"],
+        ["snapshots", "3"],
+        ["load", "a", "--query", "b", "--max-bytes", "many"],
+        ["build", "x", "--codec", "zip"],
+    ],
+)
 def test_a_wrong_command_line_is_an_input_error(words: list[str]) -> None:
     ran = run_main(*words, "--json")
     assert ran.status == errors.InputError.exit_status
@@ -109,17 +128,33 @@ def test_the_store_may_come_from_the_environment(built: Path, monkeypatch: pytes
 
 @pytest.mark.parametrize("words", [["--help"], ["--version"]])
 def test_help_imports_nothing_heavy(words: list[str]) -> None:
-    code = ("import sys; from kvstore.cli.main import main; main(sys.argv[1:]); "
-            "heavy = {'numpy', 'msgspec', 'torch', 'argparse', 'json', 'logging'} & sys.modules.keys(); sys.exit(str(heavy) if heavy else 0)")  # fmt: skip
+    code = (
+        "import sys; from kvstore.cli.main import main; main(sys.argv[1:]); "
+        "heavy = {'numpy', 'msgspec', 'torch', 'argparse', 'json', 'logging'} & sys.modules.keys(); sys.exit(str(heavy) if heavy else 0)"
+    )
     ran = python(code, *words)
     assert ran.returncode == 0, ran.stderr
 
 
-@pytest.mark.parametrize("words", [["ls"], ["ls", "--all"], ["show", "silver-tower.md"], ["stats"], ["verify"], ["snapshots"], ["diff", "0"],
-                                   ["gc", "--dry-run"], ["rm", "silver-tower.md", "--dry-run"]])  # fmt: skip
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["ls"],
+        ["ls", "--all"],
+        ["show", "silver-tower.md"],
+        ["stats"],
+        ["verify"],
+        ["snapshots"],
+        ["diff", "0"],
+        ["gc", "--dry-run"],
+        ["rm", "silver-tower.md", "--dry-run"],
+    ],
+)
 def test_store_commands_need_no_torch(built: Path, words: list[str]) -> None:
-    code = ("import sys; from kvstore.cli.main import main; status = main(sys.argv[1:]); "
-            "heavy = {'torch', 'transformers', 'numba', 'zarr'} & sys.modules.keys(); sys.exit(str(heavy) if heavy else status)")  # fmt: skip
+    code = (
+        "import sys; from kvstore.cli.main import main; status = main(sys.argv[1:]); "
+        "heavy = {'torch', 'transformers', 'numba', 'zarr'} & sys.modules.keys(); sys.exit(str(heavy) if heavy else status)"
+    )
     ran = python(code, *words, "--store", str(built))
     assert ran.returncode == 0, ran.stderr
 

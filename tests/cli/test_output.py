@@ -8,10 +8,11 @@ import sys
 from typing import Any
 
 import pytest
-from hypothesis import given, strategies as st
-
+from hypothesis import given
+from hypothesis import strategies as st
 from kvstore.cli import options
 from kvstore.cli.output import Output, human, safe, safe_lines, table, width
+
 from kvstore.errors import InputError
 
 
@@ -29,8 +30,19 @@ def test_safe_keeps_letters_and_shows_what_it_escapes() -> None:
     assert safe_lines("a\tb\nc") == "a\\tb\nc"
 
 
-@pytest.mark.parametrize(("n", "text"), [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (1536, "1.5 KiB"), (5 << 20, "5.0 MiB"),
-                                         (3 << 30, "3.0 GiB"), (7 << 40, "7.0 TiB"), (9000 << 40, "9000.0 TiB")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("n", "text"),
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1.0 KiB"),
+        (1536, "1.5 KiB"),
+        (5 << 20, "5.0 MiB"),
+        (3 << 30, "3.0 GiB"),
+        (7 << 40, "7.0 TiB"),
+        (9000 << 40, "9000.0 TiB"),
+    ],
+)
 def test_human_bytes(n: int, text: str) -> None:
     assert human(n) == text
 
@@ -87,7 +99,7 @@ def test_no_numbers_of_bytes(text: str) -> None:
 def test_text_files(tmp_path: Any) -> None:
     (tmp_path / "a").write_bytes(b"\xef\xbb\xbfGr\xc3\xbc\xc3\x9fe")
     (tmp_path / "b").write_bytes(b"\xff")
-    assert options.text_file(str(tmp_path / "a")) == "Grüße" and options.text_file(None) is None
+    assert options.text_file(str(tmp_path / "a")) == "Grüße"
     for name in ("b", "missing", "."):
         with pytest.raises(InputError):
             options.text_file(str(tmp_path / name))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any, ClassVar
 
 import numpy as np
@@ -156,10 +157,8 @@ class CodecContract:
         records = self.codec().encode(bits, dtype)
         tier %= len(records)
         records[tier] = damage(data, records[tier])
-        try:
-            self.decoded(records, bits)
-        except IntegrityError as error:
-            assert "rebuild" in str(error)
+        with suppress(IntegrityError):
+            assert self.decoded(records, bits).shape == bits.shape
 
     @pytest.mark.parametrize("keep", [0, 4, 8, 12, 16, 20, 64, -4, -8])
     def test_truncation_is_damage(self, keep: int) -> None:
@@ -169,7 +168,7 @@ class CodecContract:
             short = [*records[:tier], records[tier][:keep]]
             with pytest.raises(IntegrityError):
                 self.decoded(short, bits)
-        with pytest.raises(IntegrityError):
+        with pytest.raises(IntegrityError, match="rebuild"):
             self.decoded([*records[:-1], records[-1] + bytes(4)], bits)
 
 
@@ -188,5 +187,3 @@ def damage(data: st.DataObject, record: bytes) -> bytes:
     else:
         broken[12:] = data.draw(st.binary(min_size=0, max_size=2 * len(record)))
     return bytes(broken)
-
-

@@ -57,8 +57,11 @@ class Child:
 
 
 def _run(work: Callable[[Callable[[str], None], Trap], None], trap: Trap, pipe: int) -> int:
+    def say(line: str) -> None:
+        os.write(pipe, line.encode() + b"\n")
+
     try:
-        work(lambda line: os.write(pipe, line.encode() + b"\n") and None, trap)
+        work(say, trap)
     except StorageError:
         return GAVE_UP
     except BaseException:
@@ -155,7 +158,7 @@ class Harness:
         children = [Child(lambda say, trap: build(self.folder, self.generation, say, trap, 2), t) for t in traps[:2]]
         children.append(Child(lambda say, trap: collect_often(self.folder, say, trap), traps[2]))
         ended = [child.wait() for child in children]
-        return any([self._judged(status) for status, _ in ended]), [line for _, lines in ended for line in lines]
+        return any(self._judged(status) for status, _ in ended), [line for _, lines in ended for line in lines]
 
     @staticmethod
     def _judged(status: int) -> bool:
@@ -189,11 +192,10 @@ class Harness:
         lost, wrong = [], []
         for source in self.acked.keys() | news.keys() | rows.keys():
             allowed = [self.acked.get(source), *([news[source]] if source in news else [])]
-            present = next((d for d in allowed if (d.row() if d else None) == rows.get(source)), False)
-            if present is False:
+            present = [d for d in allowed if (d.row() if d else None) == rows.get(source)]
+            if not present:
                 lost.append(f"{source}: another row than was stored")
-            elif present is not None:
-                wrong += self._content(store, present)
+            wrong += [problem for d in present[:1] if d is not None for problem in self._content(store, d)]
         store.index.close()
         tally.lost, tally.corrupt = tally.lost + len(lost), tally.corrupt + len(errors) + len(wrong)
         tally.details += [f"generation {self.generation}: {d}" for d in lost + wrong + errors]

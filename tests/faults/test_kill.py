@@ -15,19 +15,20 @@ ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 
-def outcome(tmp_path: Path, *command: str) -> dict[str, dict[str, Any]]:
-    """The tallies by phase. A process of its own, because threads and forks do not go together."""
+def outcome(*command: str) -> tuple[dict[str, dict[str, Any]], str]:
+    """The tallies by phase, and what was logged. A process of its own, because threads and forks do not go together."""
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=ROOT, timeout=300)
     assert done.returncode in (0, 1), done.stderr
     tallies: dict[str, dict[str, Any]] = json.loads(done.stdout)
     assert done.returncode == int(any(t["lost"] + t["corrupt"] + t["redone"] for t in tallies.values()))
-    return tallies
+    return tallies, done.stderr
 
 
 @pytest.mark.slow
 def test_killed_at_any_moment_nothing_that_was_stored_is_lost(tmp_path: Path) -> None:
-    tallies = outcome(tmp_path, "-m", "tests.faults.kill", "--rounds", "40", "--json", "--folder", str(tmp_path / "store"))
+    tallies, log = outcome("-m", "tests.faults.kill", "--rounds", "40", "--json", "--folder", str(tmp_path / "store"))
     assert sum(t["kills"] for t in tallies.values()) == 40
+    assert "damaged" not in log
     assert min(t["kills"] for t in tallies.values()) >= 3
     assert [d for t in tallies.values() for d in t["details"]] == []
     assert {(t["lost"], t["corrupt"], t["redone"]) for t in tallies.values()} == {(0, 0, 0)}
@@ -91,5 +92,5 @@ tallies = kill.run(6, 1, Path({str(tmp_path)!r}), {phases!r})
 print(json.dumps({{p: vars(t) for p, t in tallies.items()}}))
 sys.exit(not all(t.clean for t in tallies.values()))
 """
-    tallies = outcome(tmp_path, "-c", code)
+    tallies, _ = outcome("-c", code)
     assert sum(t[notices] for t in tallies.values()) > 0

@@ -27,8 +27,7 @@ Say = Callable[[str], None]
 
 def corpus(generation: int) -> list[Document]:
     """A dozen documents, of which a third is edited, one is gone and one is new in every generation."""
-    names = [n for n in range(generation, generation + 12)]
-    return [Document(f"d{n}", (generation + n) // 3, (17,) if n % 3 else (9, 20)) for n in names]
+    return [Document(f"d{n}", (generation + n) // 3, (17,) if n % 3 else (9, 20)) for n in range(generation, generation + 12)]
 
 
 class Trap:
