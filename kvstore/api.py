@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, Literal
 
 from kvstore.errors import InputError, KvstoreError
@@ -118,7 +118,7 @@ class OpenStore(Store):
 
     def compose(
         self,
-        documents: Sequence[Any] = (),
+        documents: Any = (),
         query: str = "",
         *,
         reuse: Literal["prefix", "blocks"] = "prefix",
@@ -135,10 +135,9 @@ class OpenStore(Store):
         """
         from kvstore.quality import Quality
 
-        if not query.strip():
+        if not isinstance(query, str) or not query.strip():
             raise InputError("a prompt needs a query", remedy="pass query=, or use load() for the cache alone")
-        given = [documents] if isinstance(documents, str) else list(documents)
-        return self._composer.compose(given, query, reuse, Quality(tier, max_kl, max_bytes, deadline))
+        return self._composer.compose(listed(documents), query, reuse, Quality(tier, max_kl, max_bytes, deadline))
 
     def load(
         self, source: str, *, tier: str | None = None, max_kl: float | None = None, max_bytes: int | None = None, deadline: float | None = None
@@ -191,3 +190,16 @@ class OpenStore(Store):
     def artifacts(self, row: Row) -> list[Stored]:
         """Every stored artifact that a row needs."""
         return [self.stored(key, row.encoding) for key in sorted(row.segment_keys())]
+
+
+def listed(documents: Any) -> list[Any]:
+    """One document or many, as a list. Raises InputError for what is neither."""
+    if documents is None:
+        return []
+    if isinstance(documents, (str, Mapping)) or any(hasattr(documents, name) for name in ("text", "page_content", "node")):
+        return [documents]
+    if not isinstance(documents, Iterable) or isinstance(documents, (bytes, PurePath)):
+        raise InputError(
+            f"{type(documents).__name__} is not a document", remedy="pass source names, Documents, dicts with text, or retriever objects"
+        )
+    return list(documents)

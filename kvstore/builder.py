@@ -91,6 +91,7 @@ def build(
     source = model if isinstance(model, ModelSource) else ModelSource(model, tokenizer, dtype=dtype, device=device)
     found = reading.read(documents, include=include, strict=strict)
     job = _Job(_opened(store, dry_run), source, progress, limits, dry_run)
+    job.roots = reading.roots_of(documents)
     room = source.context_tokens
     rules = Rules(regime, passage_tokens, long, room, reserve if reserve is not None else min(512, room // 4))
     job.prepare(template, system, codec, lossless, rules)
@@ -115,6 +116,7 @@ class _Job:
         self.report = BuildReport(str(store.path))
         self.progress = progress or (lambda report, name: None)
         self.waiting: list[Row] = []
+        self.roots: set[str] = set()
         self._prefiller: Prefiller | None = None
 
     def prepare(self, template: str, system: str | None, codec: str, lossless: bool, rules: Rules) -> None:
@@ -141,10 +143,10 @@ class _Job:
 
     def run(self, found: Iterable[Document | Skipped], strict: bool) -> None:
         """Plan and compile document by document, then commit what is left and what is gone."""
-        seen: dict[str, str] = {}
+        seen: set[str] = set()
         try:
             for planned in self.planner.plan(found):
-                seen[planned.row.source] = planned.row.root
+                seen.add(planned.row.source)
                 self._take(planned)
         except KeyboardInterrupt:
             self.report.interrupted = True
@@ -202,20 +204,21 @@ class _Job:
         if self.dry_run:
             return
         with self._timed("write"):
+            rows, self.waiting = tuple(self.waiting), []  # forgotten if the pack that completes them is not published
             if (name := self.writer.close()) is not None:
                 self.report.packs.append(name)
-            self.report.snapshot = self.store.snapshots.commit(Change(tuple(self.waiting), removed), note)
-        self.writer, self.waiting = self._new_writer(), []
+            self.report.snapshot = self.store.commit(Change(rows, removed), note)
+        self.writer = self._new_writer()
 
-    def _finish(self, seen: dict[str, str]) -> None:
+    def _finish(self, seen: set[str]) -> None:
         planner = self.planner
         removed: tuple[Any, ...] = ()
         if not self.report.interrupted:
-            roots = {root for root in seen.values() if root}
             mine = (planner.model.key, planner.renderer.record.id, self.encoding.id)
-            removed = gone(self.store, mine, roots, set(seen) | {s.source for s in planner.skipped})
+            unreadable = {s.source for s in planner.skipped if s.reason != "empty"}  # may be back tomorrow
+            removed = gone(self.store, mine, self.roots, seen | unreadable)
         if self.report.documents == 0 and not self.report.interrupted:
-            raise InputError("no document to compile", remedy="name a folder or file with text, Markdown, JSONL or Parquet")
+            raise InputError("no document to compile", remedy="name a folder or file with text, Markdown, JSONL or Parquet; `kvstore rm` removes")
         self.report.removed = len(removed)
         self._flush("build", removed)
         self.store.refresh()

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from kvstore.decode import KV, Decoder, Piece, allocate
-from kvstore.errors import IncompatibleError, InputError
+from kvstore.errors import IncompatibleError, InputError, NotFoundError
 from kvstore.families.assemble import dynamic_cache, share, static_cache
 from kvstore.families.rope import rotate
 from kvstore.identity import Context, segment_key
@@ -43,8 +43,12 @@ class Prompt:
 
     @property
     def inputs(self) -> dict[str, Any]:
-        """For `model.generate(**prompt.inputs)`: all ids [1, tokens], a full mask, and a cache shorter than the prompt."""
-        return {"input_ids": self.input_ids, "attention_mask": torch.ones_like(self.input_ids), "past_key_values": self.cache}
+        """For `model.generate(**prompt.inputs)`: all ids [1, tokens], a full mask, and a cache shorter than the prompt.
+
+        One access, one generation: generating makes the cache longer. Beams and several sequences want
+        `inputs["past_key_values"].batch_repeat_interleave(n)` first.
+        """
+        return _inputs(self.input_ids.clone(), torch.ones_like(self.input_ids), self.cache)
 
     def static(self, max_new_tokens: int) -> dict[str, Any]:
         """The same with a preallocated StaticCache, which does not copy the prefix at each step."""
@@ -68,6 +72,7 @@ class Composer:
 
     def __init__(self, view: View, source: ModelSource, decoder: Decoder):
         self.view, self.source, self.decoder = view, source, decoder
+        self._state = source.state()
         self._prefiller: Prefiller | None = None
 
     def compose(self, documents: Sequence[Any], query: str, reuse: Reuse, quality: Quality) -> Prompt:
@@ -75,18 +80,34 @@ class Composer:
         if reuse not in ("prefix", "blocks"):
             raise InputError(f"unknown reuse mode {reuse!r}", remedy="choose prefix or blocks")
         started = time.perf_counter()
+        self._require_unchanged()
         blocks = [self.view.head(), *(b for d in documents for b in self.view.blocks(d))]
         tail = self.view.renderer.query(query)
-        self._require_room(sum(len(b.ids) for b in blocks) + len(tail))
+        self.require_room(sum(len(b.ids) for b in blocks) + len(tail))
         placed = self._chain(blocks) if reuse == "prefix" else self._blocks(blocks)
         return self._finish(placed, tail, reuse, quality, started)
 
     def prefix(self, block: Block, quality: Quality) -> Prompt:
         """The head and one stored passage, without a query."""
         started = time.perf_counter()
-        return self._finish(self._chain([self.view.head(), block]), [], "prefix", quality, started)
+        self._require_unchanged()
+        placed = self._chain([self.view.head(), block])
+        if placed[-1].stored is None:
+            raise NotFoundError(
+                f"{block.label!r} is not stored after the head, only alone" if self._alone(block) else f"{block.label!r}: {placed[-1].receipt.why}",
+                remedy="use compose(reuse='blocks'), or build with --regime both",
+            )
+        return self._finish(placed, [], "prefix", quality, started)
 
-    def _require_room(self, tokens: int) -> None:
+    def _alone(self, block: Block) -> bool:
+        return self.view.find(segment_key(self.view.model, self.view.layout, self.view.anchor_context, block.ids)) is not None
+
+    def _require_unchanged(self) -> None:
+        """The model's identity was checked when the store was opened: it must still be that model."""
+        if self.source.state() != self._state:
+            raise IncompatibleError("the model was changed since the store was opened", remedy="open the store again with it", code="changed")
+
+    def require_room(self, tokens: int) -> None:
         if tokens >= self.source.context_tokens:
             raise InputError(
                 f"the prompt takes {tokens} tokens, the model was made for {self.source.context_tokens}",
@@ -160,7 +181,11 @@ class Composer:
 
     def _fill(self, p: Placed, tiers: dict[str, str], layers: Sequence[KV]) -> None:
         if p.stored is not None:
-            self.decoder.decode(Piece(p.stored, tiers[p.stored.pack.manifest.encoding_id], len(p.block.ids), p.at, p.at), layers)
+            tier, stored = tiers[p.stored.pack.manifest.encoding_id], p.stored
+            try:
+                self.decoder.decode(Piece(stored, tier, len(p.block.ids), p.at, p.at), layers)
+            except NotFoundError:  # gc moved it to another pack meanwhile
+                self.decoder.decode(Piece(self.view.moved(stored), tier, len(p.block.ids), p.at, p.at), layers)
             return
         positions = torch.arange(p.at, p.at + len(p.block.ids))
         for index, ((keys, values), (into_k, into_v)) in enumerate(zip(p.live or (), layers, strict=True)):
@@ -183,25 +208,28 @@ def _priced(p: Placed, tiers: dict[str, str]) -> DocumentReceipt:
     )
 
 
-def collate(prompts: Sequence[Prompt], pad_token_id: int = 0) -> dict[str, Any]:
+def _inputs(ids: torch.Tensor, mask: torch.Tensor, cache: Cache) -> dict[str, Any]:
+    """`use_cache` is said aloud: where a model's generation config says otherwise, generate would read the cached ids twice."""
+    return {"input_ids": ids, "attention_mask": mask, "past_key_values": cache, "use_cache": True}
+
+
+def collate(prompts: Iterable[Prompt], pad_token_id: int | None = 0) -> dict[str, Any]:
     """One batch of prompts over different documents, for `model.generate(**collate(prompts))`.
 
     Columns are [padding, cached, padding, rest] per row, so caches and rests of different lengths end together; padding is masked and takes
     no position. For full attention only, which is what kvstore loads. Raises InputError for an empty list, IncompatibleError for two models.
     """
-    if not prompts:
+    given = list(prompts)
+    if not given:
         raise InputError("nothing to collate", remedy="give at least one prompt")
-    if len({p.receipt.model for p in prompts}) > 1:
+    if len({p.receipt.model for p in given}) > 1:
         raise IncompatibleError("the prompts belong to different models", remedy="collate those of one model")
-    cached = max(p.receipt.cached_tokens for p in prompts)
-    rest = max(p.input_ids.shape[1] - p.receipt.cached_tokens for p in prompts)
-    rows = [_padded_row(p, cached, rest, pad_token_id) for p in prompts]
-    layers = [tuple(torch.cat([_left(p.layers[i][j], cached) for p in prompts]) for j in (0, 1)) for i in range(len(prompts[0].layers))]
-    return {
-        "input_ids": torch.stack([ids for ids, _ in rows]),
-        "attention_mask": torch.stack([mask for _, mask in rows]),
-        "past_key_values": dynamic_cache(prompts[0].config, [(k, v) for k, v in layers]),
-    }
+    cached = max(p.receipt.cached_tokens for p in given)
+    rest = max(p.input_ids.shape[1] - p.receipt.cached_tokens for p in given)
+    rows = [_padded_row(p, cached, rest, pad_token_id or 0) for p in given]
+    keys, values = ([torch.cat([_left(p.layers[i][j], cached) for p in given]) for i in range(len(given[0].layers))] for j in (0, 1))
+    cache = dynamic_cache(given[0].config, list(zip(keys, values, strict=True)))
+    return _inputs(torch.stack([ids for ids, _ in rows]), torch.stack([mask for _, mask in rows]), cache)
 
 
 def _padded_row(prompt: Prompt, cached: int, rest: int, pad: int) -> tuple[torch.Tensor, torch.Tensor]:

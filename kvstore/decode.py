@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
 from threading import Thread
 from typing import Any
 
@@ -17,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 from kvstore.codecs import get_codec
-from kvstore.errors import KvstoreError, ResourceError
+from kvstore.errors import InputError, KvstoreError, ResourceError
 from kvstore.families.rope import cos_sin, rotate
 from kvstore.manifest import Layout, Tier
 from kvstore.store import Stored, tier_chain
@@ -29,15 +28,26 @@ _ALONE = 32  # tokens up to which one thread decodes
 
 def allocate(layout: Layout, tokens: int, device: torch.device | str = "cpu") -> list[KV]:
     """Per layer K and V [1, kv_heads, tokens, head_dim] in the model's dtype, uninitialised. Raises ResourceError where memory is short."""
-    dtype = TORCH[layout.dtype]
+    dtype, device = TORCH[layout.dtype], known_device(device)
     need = layout.values_per_token * tokens * dtype.itemsize
-    if (free := free_memory(torch.device(device))) is not None and need > free:
+    if (free := free_memory(device)) is not None and need > free:
         raise ResourceError(
             f"the cache of {tokens:,} tokens takes {need / 2**20:,.0f} MiB, {free / 2**20:,.0f} MiB are free on {device}",
             remedy="load fewer documents or passages",
         )
     shape = (1, layout.kv_heads, tokens, layout.head_dim)
-    return [(torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device)) for _ in range(layout.layers)]
+    with torch.inference_mode(False):  # the tensors outlive the caller's mode
+        return [(torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device)) for _ in range(layout.layers)]
+
+
+def known_device(name: torch.device | str) -> torch.device:
+    """Raises InputError for a device that torch does not have here."""
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"no device {str(name)!r} here: {str(error).splitlines()[0]}", remedy="use cpu, or a torch build for it") from error
+    return device
 
 
 def free_memory(device: torch.device) -> int | None:
@@ -68,10 +78,14 @@ class Decoder:
 
     def __init__(self, workers: int | None = None):
         self.workers = workers or os.cpu_count() or 1
+        self._owned: tuple[int, ThreadPoolExecutor] | None = None
 
-    @cached_property
+    @property
     def _pool(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(self.workers, thread_name_prefix="kvstore-decode")
+        """Threads of this process: a forked child has none of its parent's."""
+        if self._owned is None or self._owned[0] != os.getpid():
+            self._owned = (os.getpid(), ThreadPoolExecutor(self.workers, thread_name_prefix="kvstore-decode"))
+        return self._owned[1]
 
     def decode(self, piece: Piece, cache: Sequence[KV]) -> None:
         """Fill `cache` rows `at : at + count` of every layer. Raises IntegrityError where stored bytes are damaged."""
@@ -99,7 +113,8 @@ class Decoder:
         """Load (or compile) what decoding needs, in the background: compiled kernels take half a second of a process's first load."""
 
         def work() -> None:
-            with suppress(KvstoreError):  # a damaged artifact is for the load that wants it to report
+            # a damaged artifact is for the load that wants it to report; RuntimeError: the process ends already
+            with suppress(KvstoreError, RuntimeError):
                 for tier in stored.encoding.tiers:
                     count = min(stored.segment.tokens, 2 * _ALONE)
                     self.decode(Piece(stored, tier.name, count, 0, 0), allocate(stored.pack.layout, count))

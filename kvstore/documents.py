@@ -41,6 +41,14 @@ def read(documents: Any, *, include: Sequence[str] | None = None, strict: bool =
     return from_objects(documents, strict=strict)
 
 
+def roots_of(documents: Any) -> set[str]:
+    """Absolute paths of the folders and files that `documents` names; none for objects. What left them leaves the snapshot."""
+    given = [documents] if isinstance(documents, (str, Path)) else documents
+    if not isinstance(given, (list, tuple)) or not (given is not documents or _are_paths(given)):
+        return set()
+    return {os.path.realpath(p) for p in given}
+
+
 def read_paths(paths: Iterable[str | Path], *, include: Sequence[str] | None = None, strict: bool = False) -> Found:
     """Documents of folders (deep, sorted, hidden entries left out), text files, JSONL and Parquet files.
 

@@ -42,7 +42,7 @@ _WHOLE_LIMIT = 64 << 20  # bytes of a model that is compared whole: about 50 ms
 _SAMPLES = 4096  # values a tensor, of larger ones
 PROBE_TOKENS = 64
 PROJECTIONS = 16
-TOLERANCE = {"float32": 2e-3, "float16": 0.05, "bfloat16": 0.1}
+TOLERANCE = {"float32": 2e-3, "float16": 0.02, "bfloat16": 0.05}
 
 
 def model_at(path: str | Path, dtype: str | None = None) -> Model:
@@ -53,22 +53,26 @@ def model_at(path: str | Path, dtype: str | None = None) -> Model:
         config = AutoConfig.from_pretrained(str(path))
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: {str(error).splitlines()[0]}", remedy="give a folder saved by save_pretrained, or a model id") from error
+    if (folder := checkpoint_folder(str(path))).joinpath("adapter_config.json").exists():
+        raise IncompatibleError(f"{path} holds an adapter beside the weights", remedy="merge it into the model, and save that")
     family = AutoModelForCausalLM._model_mapping.get(type(config), None)
     if family is None:
         raise IncompatibleError(
             f"{path}: transformers has no causal language model for {type(config).__name__}", remedy="load the model in Python and pass the object"
         )
-    tensors = checkpoint_tensors(checkpoint_folder(str(path)))
+    tensors = checkpoint_tensors(folder)
     return _describe(config, family, str(path), tensors, dtype or _plain_dtype(config.dtype))
 
 
 def model_of(model: PreTrainedModel) -> Model:
     """The identity of a live model."""
     config, name = model.config, str(model.config._name_or_path or type(model).__name__)
+    if getattr(model, "peft_config", None):
+        raise IncompatibleError("the model carries adapters that can be switched and scaled", remedy="merge them first: merge_and_unload()")
     tensors = _tied_checkpoint(model, name)
     if tensors is None:
         tensors = {n: (_CODES[t.dtype], tuple(t.shape), sha256(_bytes(t))) for n, t in _state(model)}
-    return _describe(config, type(model), name, tensors, _plain_dtype(model.dtype), tuple(sorted(getattr(model, "peft_config", None) or ())))
+    return _describe(config, type(model), name, tensors, _plain_dtype(model.dtype))
 
 
 def _describe(config: PreTrainedConfig, family: type, name: str, tensors: Tensors, dtype: str, adapters: tuple[str, ...] = ()) -> Model:

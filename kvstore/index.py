@@ -21,10 +21,10 @@ from kvstore.digest import sha256
 from kvstore.errors import FormatError, IntegrityError, KvstoreError, NotFoundError, StorageError
 from kvstore.manifest import Row
 from kvstore.pack import PACKS, Pack
-from kvstore.snapshot import Rows, SnapshotLog
+from kvstore.snapshot import Rows, SnapshotLog, file_name
 from kvstore.storage.local import LocalStorage
 
-VERSION = 1
+VERSION = 2
 Result = TypeVar("Result")
 log = logging.getLogger("kvstore")
 _TABLES = """
@@ -36,7 +36,7 @@ create index if not exists by_pack on segments (pack);
 create table if not exists newest (
     source text, model text, template text, encoding text, row blob, primary key (source, model, template, encoding)
 ) without rowid;
-create table if not exists state (number integer);
+create table if not exists state (number integer, stamp text);
 """
 
 
@@ -63,7 +63,7 @@ class Index:
         self._packs: dict[str, Pack] = {}
         self._stamps: dict[str, object] = {}
         self.damaged: dict[str, str] = {}
-        self._db = self._connect()
+        self._db, self._process = self._connect(), os.getpid()
 
     def _connect(self) -> sqlite3.Connection:
         try:
@@ -99,6 +99,8 @@ class Index:
 
     def _recovering(self, work: Callable[[], Result]) -> Result:
         """`work`, once more after the file proved damaged (then it is replaced) or unusable (then the index moves to memory)."""
+        if self._process != os.getpid():  # a forked child must not share its parent's connection
+            self._db, self._process = self._connect(), os.getpid()
         try:
             return work()
         except sqlite3.DatabaseError as error:
@@ -128,10 +130,10 @@ class Index:
         self._recovering(lambda: self._bring_up(rows=False))
 
     def _bring_up(self, rows: bool) -> None:
-        if self._known() == self._sound() and (not rows or self._number() == self.snapshots.newest()):
+        if self._known() == self._sound() and (not rows or self._state() == self._wanted()):
             return
         with self._transaction():  # everything is read inside, so that of two processes the later one has the later view
-            if rows and self._number() != self.snapshots.newest():
+            if rows and self._state() != self._wanted():
                 number, found = self.snapshots.newest_rows()
                 self._replace_rows(found, number)
             known, sound = self._known(), self._sound()  # after the rows: what they need was published before them
@@ -150,6 +152,18 @@ class Index:
     def number(self) -> int:
         """The snapshot that the rows here belong to; 0 before the first."""
         return self._recovering(self._number)
+
+    def _state(self) -> tuple[int, str]:
+        found = self._db.execute("select number, stamp from state").fetchone()
+        return found or (0, self._stamp(0))
+
+    def _wanted(self) -> tuple[int, str]:
+        number = self.snapshots.newest()
+        return number, self._stamp(number)
+
+    def _stamp(self, number: int) -> str:
+        """Of the snapshot's file: a store put back from a copy may have the same numbers."""
+        return str(self.storage.stamp(file_name(number))) if number else ""
 
     def _number(self) -> int:
         found = self._db.execute("select max(number) from state").fetchone()[0]
@@ -187,7 +201,7 @@ class Index:
         self._db.execute("delete from newest")
         self._db.execute("delete from state")
         self._db.executemany("insert into newest values (?, ?, ?, ?, ?)", ((*i, msgspec.json.encode(r)) for i, r in rows.items()))
-        self._db.execute("insert into state values (?)", (number,))
+        self._db.execute("insert into state values (?, ?)", (number, self._stamp(number)))
 
     def rows(self, source: str | None = None) -> list[Row]:
         """Rows of the newest snapshot, of one source or of all, by source."""

@@ -45,6 +45,7 @@ class Prefix:
         if not query.strip():
             raise InputError("a prompt needs a query")
         tail = torch.tensor([self.composer.view.renderer.query(query)], device=self.input_ids.device)
+        self.composer.require_room(self.input_ids.shape[1] + tail.shape[1])
         ids = torch.cat([self.input_ids, tail], dim=1)
         receipt = Receipt(**{**_fields(self.receipt), "prompt_tokens": ids.shape[1]})
         return Prompt(ids, receipt, self.base.layers, self.base.config)

@@ -31,7 +31,7 @@ class View:
     """One model, template and encoding of a store, as of one snapshot."""
 
     def __init__(self, store: Store, model: Model, encoder: TextEncoder, *, template: str | None = None, encoding: str | None = None):
-        self.store, self.model, self.snapshot = store, model, store.number
+        self.store, self.model = store, model
         self.layout: Layout = store.model_record(model.key).layout
         row = self._representative(store.rows(model=model.key, template=template, encoding=encoding))
         self.encoding_id = row.encoding
@@ -52,6 +52,11 @@ class View:
             )
         return rows[0]
 
+    @property
+    def snapshot(self) -> int:
+        """The snapshot that names are looked up in now."""
+        return self.store.number
+
     @cached_property
     def anchor_context(self) -> Context:
         return Context.anchor(self.renderer.anchor_ids)
@@ -67,6 +72,11 @@ class View:
 
     def find(self, key: str) -> Stored | None:
         return self.store.stored(key, self.encoding_id) if self.store.index.has(key, self.encoding_id) else None
+
+    def moved(self, stored: Stored) -> Stored:
+        """Where an artifact is now, after its pack was collected. Raises NotFoundError."""
+        self.store.refresh()
+        return self.store.stored(stored.segment.key, stored.pack.manifest.encoding_id)
 
     def row(self, source: str) -> Row | None:
         rows = self.store.rows(source, model=self.model.key, template=self.renderer.record.id, encoding=self.encoding_id)

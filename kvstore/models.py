@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvstore import bundled
-from kvstore.errors import InputError
+from kvstore.decode import known_device
+from kvstore.errors import IncompatibleError, InputError
 from kvstore.families.measure import require_layout
 from kvstore.fingerprint import check_probe, model_at, model_of, probe_ids, probe_sketch
 from kvstore.identity import require_same
@@ -30,10 +31,17 @@ class ModelSource:
     """
 
     def __init__(self, given: Any = None, tokenizer: Any = None, *, dtype: str | None = None, device: str | None = None):
-        self.given, self._tokenizer, self.dtype, self.device = given, tokenizer, dtype, device
+        self.given, self._tokenizer, self.device = given, tokenizer, device
+        self.dtype = None if dtype is None else str(dtype).removeprefix("torch.")
         self.is_object = given is not None and not isinstance(given, (str, Path))
         if self.is_object and tokenizer is None:
             raise InputError("a model object needs its tokenizer", remedy="pass tokenizer=")
+        if self.is_object and (dtype is not None or device is not None):
+            raise InputError("dtype and device belong to a model that kvstore loads", remedy="move or cast the object yourself: model.to(...)")
+        if self.is_object and not (hasattr(given, "config") and hasattr(given, "state_dict")):
+            raise InputError(f"{type(given).__name__} is not a transformers model", remedy="pass a path, a hub id or a loaded model")
+        if tokenizer is not None and not callable(getattr(tokenizer, "decode", None)):
+            raise InputError(f"{type(tokenizer).__name__} is not a tokenizer", remedy="pass AutoTokenizer.from_pretrained(...)")
 
     @cached_property
     def folder(self) -> Path:
@@ -73,8 +81,22 @@ class ModelSource:
 
         transformers.utils.logging.disable_progress_bar()
         log.info("loading %s", self.folder)
-        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        return transformers.AutoModelForCausalLM.from_pretrained(str(self.folder), dtype=self.identity.dtype).to(device).eval()
+        device = known_device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        with torch.inference_mode(False):  # the weights outlive the caller's mode
+            found, info = transformers.AutoModelForCausalLM.from_pretrained(str(self.folder), dtype=self.identity.dtype, output_loading_info=True)
+            made_up = sorted({*info["missing_keys"], *(str(k) for k in info["mismatched_keys"])})
+            if made_up:
+                raise IncompatibleError(
+                    f"{self.folder} lacks {len(made_up)} tensors of the model (first: {made_up[0]}), which would be random",
+                    remedy="fetch or save the checkpoint again",
+                )
+            return found.to(device).eval()
+
+    def state(self) -> tuple[Any, ...]:
+        """Changes when the live model's dtype or any of its weights is changed in place; cheap."""
+        parameters = list(self.model.parameters())
+        versions = sum(0 if p.is_inference() else p._version for p in parameters)
+        return (str(self.model.dtype), len(parameters), versions, tuple(sorted(getattr(self.model, "peft_config", None) or ())))
 
     @cached_property
     def layout(self) -> Layout:
@@ -97,7 +119,9 @@ class ModelSource:
         """What loads this model again: kept in the store as provenance."""
         if self.is_object:
             return str(self.given.config._name_or_path or "")
-        return BUNDLED if self.folder == bundled.model_path() else str(self.given)
+        if self.folder == bundled.model_path():
+            return BUNDLED
+        return str(Path(self.given).absolute()) if Path(self.given).is_dir() else str(self.given)
 
     def layout_in(self, store: Store) -> Layout:
         """The layout, from the store where it knows the model."""

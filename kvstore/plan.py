@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
@@ -52,6 +53,10 @@ class Rules:
     def __post_init__(self) -> None:
         if self.regime not in REGIMES:
             raise InputError(f"unknown regime {self.regime!r}", remedy=f"choose one of {', '.join(REGIMES)}")
+        if self.long not in ("split", "skip", "error"):
+            raise InputError(f"unknown rule {self.long!r} for long documents", remedy="choose split, skip or error")
+        if self.reserve < 0:
+            raise InputError(f"a reserve of {self.reserve} tokens", remedy="give 0 or more")
         if self.passage_tokens is not None and self.passage_tokens < 16:
             raise InputError(f"passages of {self.passage_tokens} tokens are too short", remedy="give --passage-tokens 16 or more")
 
@@ -122,7 +127,7 @@ class Planner:
             self.rules.recipe,
             self.head_task.key,
             passages,
-            document.root,
+            root_of(document, prior),
             dict(document.metadata),
         )
         return Planned(row, self._missing(tasks), row != prior)
@@ -156,6 +161,36 @@ class Planner:
         return tuple(fresh.values())
 
 
+def root_of(document: Document, prior: Row | None) -> str:
+    """The root to keep for a document: a file named alone stays under the folder it was built from before.
+
+    Raises InputError where the name belongs to another file that is still there: one of the two would silently replace the other.
+    """
+    if prior is None or not prior.root or not document.root or prior.root == document.root:
+        return document.root
+    before, now = file_of(prior.root, prior.source), file_of(document.root, document.source)
+    if before == now:
+        return min(prior.root, document.root, key=len)
+    if os.path.exists(before):
+        raise InputError(
+            f"{document.source!r} names two files, {before} (stored) and {now}",
+            remedy="build the folder above both, or give each folder its own store",
+            code="clash",
+        )
+    return document.root
+
+
+def file_of(root: str, source: str) -> str:
+    """The path that a source was read from; `root` is the folder, or the file itself where that was named."""
+    name = os.path.basename(root)
+    folder = os.path.dirname(root) if source == name or source.startswith(f"{name}/") else root
+    return os.path.join(folder, *source.split("/"))
+
+
 def gone(store: Store, planned_for: tuple[str, str, str], roots: set[str], seen: set[str]) -> tuple[RowId, ...]:
     """Rows of the synced roots whose source is no longer there, in the model, template and encoding of this build."""
-    return tuple(r.id for r in store.rows() if r.root in roots and r.source not in seen and (r.model, r.template, r.encoding) == planned_for)
+
+    def synced(root: str) -> bool:
+        return root in roots or any(root.startswith(os.path.join(r, "")) for r in roots)
+
+    return tuple(r.id for r in store.rows() if synced(r.root) and r.source not in seen and (r.model, r.template, r.encoding) == planned_for)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from kvstore.errors import InputError
 from kvstore.families.assemble import share
 from kvstore.families.capture import prefill
 from kvstore.manifest import Layout
@@ -33,7 +34,10 @@ class Prefiller:
         return self._caches[chain]
 
     def run(self, ids: Sequence[int], chain: Chain) -> list[KV]:
-        """Per layer K (before RoPE) and V [kv_heads, tokens, head_dim] of `ids` after `chain`."""
+        """Per layer K (before RoPE) and V [kv_heads, tokens, head_dim] of `ids` after `chain`. Raises InputError for ids the model lacks."""
+        vocabulary = self.model.get_input_embeddings().weight.shape[0]
+        if max(ids) >= vocabulary:
+            raise InputError(f"token id {max(ids)} is beyond the model's {vocabulary}", remedy="pass the model's own tokenizer")
         return prefill(self.model, self.layout, ids, _fresh(self.context(chain)))[0]
 
 

@@ -27,6 +27,10 @@ class Quality:
         given = [n for n in ("tier", "max_kl", "max_bytes", "deadline") if getattr(self, n) is not None]
         if len(given) > 1:
             raise InputError(f"{' and '.join(given)} exclude each other", remedy="give one of them")
+        for name in ("max_kl", "max_bytes", "deadline"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, (int, float)) and value >= 0):
+                raise InputError(f"{name}={value!r} is not a number from 0 up")
 
     def choose(self, stored: Sequence[Stored]) -> dict[str, str]:
         """Encoding id -> tier for all artifacts of one load. Raises NotFoundError, IncompatibleError or ResourceError."""

@@ -49,5 +49,6 @@ class Receipt(msgspec.Struct, frozen=True):
 
     def __str__(self) -> str:
         lines = [f"{d.source}: {d.tokens} tokens {d.action} ({d.why}); {d.context}, {d.fidelity}" for d in self.documents]
-        total = f"{self.cached_tokens} of {self.prompt_tokens} tokens from the store, {self.nbytes:,} bytes, {self.milliseconds:.1f} ms"
+        stored = sum(d.tokens for d in self.documents if d.action != "prefilled")
+        total = f"{stored} of {self.prompt_tokens} tokens from the store, {self.nbytes:,} bytes, {self.milliseconds:.1f} ms"
         return "\n".join([*lines, total])

@@ -40,7 +40,7 @@ class Document:
             raise InputError(f"document {self.source!r}: lone surrogates are no text", remedy="decode it with the right encoding")
         object.__setattr__(self, "text", clean_newlines(self.text.removeprefix("\ufeff")))
         object.__setattr__(self, "source", unicodedata.normalize("NFC", self.source))
-        object.__setattr__(self, "metadata", {str(k): jsonable(v) for k, v in self.metadata.items()})
+        object.__setattr__(self, "metadata", jsonable(dict(self.metadata or {})))
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,13 @@ def document_or_skipped(text: str | None, source: str, metadata: Mapping[str, An
     return Document(text, source, metadata, root)
 
 
-def jsonable(value: Any) -> Any:
-    """`value` as JSON can hold it. What it cannot (dates, arrays, NaN, integers beyond 64 bits) becomes its string."""
+def jsonable(value: Any, depth: int = 0) -> Any:
+    """`value` as JSON can hold it. What it cannot (dates, arrays, NaN, integers beyond 64 bits) becomes its string; sets are sorted.
+
+    Raises InputError for what is nested more than 32 deep, or within itself.
+    """
+    if depth > 32:
+        raise InputError("metadata is nested more than 32 deep", remedy="flatten it, or leave it out")
     if value is None or isinstance(value, (bool, str)):
         return value if not isinstance(value, str) or is_unicode(value) else ascii(value)
     if isinstance(value, int) and -(2**63) <= value < 2**63:
@@ -106,10 +111,14 @@ def jsonable(value: Any) -> Any:
     if isinstance(value, float) and math.isfinite(value):
         return float(value)
     if isinstance(value, Mapping):
-        return {str(k): jsonable(v) for k, v in value.items()}
+        return {str(jsonable(str(k))): jsonable(v, depth + 1) for k, v in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return sorted((jsonable(v, depth + 1) for v in value), key=str)
     if isinstance(value, (list, tuple)):
-        return [jsonable(v) for v in value]
-    return str(value)
+        return [jsonable(v, depth + 1) for v in value]
+    if " at 0x" in (text := str(value)):
+        return type(value).__qualname__  # an address differs in each process, and the row with it
+    return text
 
 
 def checked(found: Iterable[Document | Skipped], strict: bool) -> Found:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import unicodedata
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -86,7 +88,7 @@ class Store:
 
     def __init__(self, path: str | Path, *, cache: Path | None = None):
         self.path = Path(path)
-        self.storage = LocalStorage(self.path)
+        self.storage = LocalStorage(Path(os.path.abspath(path)))  # the process may change its folder
         self._require_store()
         self.record = parse_group(self.storage.read("zarr.json"), StoreRecord, str(self.path / "zarr.json"))
         self._cache = cache
@@ -137,6 +139,7 @@ class Store:
     def rows(self, source: str | None = None, *, model: str | None = None, template: str | None = None, encoding: str | None = None) -> list[Row]:
         """Rows of the newest snapshot; `model`, `template` and `encoding` are keys or their beginnings."""
         wanted = {"model": model, "template": template, "encoding": encoding}
+        source = None if source is None else normal(source)
         return [r for r in self.index.rows(source) if all(v is None or getattr(r, k).startswith(v) for k, v in wanted.items())]
 
     def row(self, source: str, **filters: str | None) -> Row:
@@ -159,7 +162,10 @@ class Store:
         return len(self.sources())
 
     def __contains__(self, source: object) -> bool:
-        return isinstance(source, str) and bool(self.index.rows(split_source(source)[0]))
+        if not isinstance(source, str):
+            return False
+        name, passage = self.resolve(source)
+        return any(passage is None or passage < len(r.passages) for r in self.rows(name))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.sources())
@@ -177,9 +183,8 @@ class Store:
 
     def resolve(self, source: str) -> tuple[str, int | None]:
         """`a.md#3` is passage 3 of a.md, unless a document has that very name."""
-        if self.index.rows(source):
-            return source, None
-        return split_source(source)
+        source = normal(source)
+        return (source, None) if self.index.rows(source) else split_source(source)
 
     def stored(self, key: str, encoding: str) -> Stored:
         """Raises NotFoundError."""
@@ -219,7 +224,14 @@ class Store:
 def split_source(source: str) -> tuple[str, int | None]:
     """`a.md#3` -> (`a.md`, 3); other names stay whole."""
     name, mark, number = source.rpartition("#")
-    return (name, int(number)) if mark and number.isdigit() else (source, None)
+    return (name, int(number)) if mark and number.isascii() and number.isdecimal() else (source, None)
+
+
+def normal(source: str) -> str:
+    """A source as it is stored: NFC. Raises InputError for what is no Unicode text."""
+    if any("\ud800" <= c <= "\udfff" for c in source):
+        raise InputError(f"{source!r} is not Unicode text", remedy="decode the name with the right encoding")
+    return unicodedata.normalize("NFC", source)
 
 
 def describe(row: Row) -> str:

@@ -63,9 +63,7 @@ def wrapped(tokenizer: Tokenizer, template: str | None = None, **special: str) -
 def _byte_level(pattern: str | None, specials: list[str], in_vocabulary: bool) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE(ignore_merges=pattern is not None))
     splitter = [] if pattern is None else [pre_tokenizers.Split(Regex(pattern), "isolated")]
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [*splitter, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)]
-    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splitter, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=1500,
@@ -100,12 +98,8 @@ def llama3() -> PreTrainedTokenizerFast:
 def chatml() -> PreTrainedTokenizerFast:
     """Qwen's kind: no BOS, non-special control tokens, a control token that swallows white space."""
     tokenizer = _byte_level(LLAMA3_PATTERN, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], False)
-    tokenizer.add_tokens(
-        [AddedToken(t, special=False, normalized=False) for t in ("<think>", "</think>", "<tool_call>")]
-    )
-    tokenizer.add_tokens(
-        [AddedToken("<|tail|>", special=True, rstrip=True, lstrip=True), AddedToken("        ", normalized=False)]
-    )
+    tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in ("<think>", "</think>", "<tool_call>")])
+    tokenizer.add_tokens([AddedToken("<|tail|>", special=True, rstrip=True, lstrip=True), AddedToken("        ", normalized=False)])
     return wrapped(tokenizer, CHATML, eos_token="<|im_end|>", pad_token="<|endoftext|>")
 
 
@@ -118,9 +112,7 @@ def _pieces() -> dict[str, Any]:
     return json.loads(tokenizer.to_str())
 
 
-def _sentence_piece(
-    normalizer: normalizers.Normalizer, specials: list[str], ordinary: list[str] | None = None
-) -> Tokenizer:
+def _sentence_piece(normalizer: normalizers.Normalizer, specials: list[str], ordinary: list[str] | None = None) -> Tokenizer:
     state = _pieces()
     state["added_tokens"] = [t for t in state["added_tokens"] if t["content"] not in BYTES]
     state["pre_tokenizer"] = None
@@ -136,18 +128,14 @@ def _sentence_piece(
 def llama2() -> PreTrainedTokenizerFast:
     """A dummy space before the text and after every control token; `[INST]` is plain text."""
     normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    return wrapped(
-        _sentence_piece(normalizer, ["<s>", "</s>"]), LLAMA2, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
+    return wrapped(_sentence_piece(normalizer, ["<s>", "</s>"]), LLAMA2, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
 @cache
 def mistral() -> PreTrainedTokenizerFast:
     """`[INST]` is a control token and a space stands behind it; no dummy space."""
     tokenizer = _sentence_piece(normalizers.Replace(" ", "▁"), ["<s>", "</s>", "[INST]", "[/INST]"])
-    return wrapped(
-        tokenizer, LLAMA2.replace(" [/INST]", "[/INST]"), bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
+    return wrapped(tokenizer, LLAMA2.replace(" [/INST]", "[/INST]"), bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
 @cache
@@ -163,9 +151,7 @@ def unigram() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="never")
-    trainer = trainers.UnigramTrainer(
-        vocab_size=1200, show_progress=False, special_tokens=["<unk>", "<s>", "</s>"], unk_token="<unk>"
-    )
+    trainer = trainers.UnigramTrainer(vocab_size=1200, show_progress=False, special_tokens=["<unk>", "<s>", "</s>"], unk_token="<unk>")
     tokenizer.train_from_iterator([line for t in TEXTS[:40] for line in t.split("\n")], trainer)
     state = json.loads(tokenizer.to_str())
     state["model"]["vocab"] += [["\n", -4.0]]

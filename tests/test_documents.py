@@ -159,9 +159,7 @@ def test_parquet(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     import pyarrow.parquet as parquet
 
-    table = pyarrow.table(
-        {"id": ["a", "b"], "text": ["A", None], "day": [date(2020, 1, 2), None], "score": [float("nan"), 1.5]}
-    )
+    table = pyarrow.table({"id": ["a", "b"], "text": ["A", None], "day": [date(2020, 1, 2), None], "score": [float("nan"), 1.5]})
     parquet.write_table(table, tmp_path / "t.parquet")
     (tmp_path / "u.parquet").write_bytes(b"PAR1 not really")
     found = read_paths([tmp_path])
@@ -232,11 +230,7 @@ def test_objects_of_all_kinds() -> None:
     )
     name = f"text-{text_digest('a string')[:12]}"
     assert sources(found) == ["own.md", "5", "u.txt", name, "lc.pdf", "uuid", "n.md", "bare", "old.txt"]
-    assert (
-        found[0].metadata == {"k": "2020-01-02"}
-        and found[1].metadata == {"x": 1, "y": 2}
-        and found[2].metadata == {"id": 9}
-    )
+    assert found[0].metadata == {"k": "2020-01-02"} and found[1].metadata == {"x": 1, "y": 2} and found[2].metadata == {"id": 9}
 
 
 def test_chunks_of_one_file_get_names_of_their_own() -> None:

@@ -116,9 +116,7 @@ def test_hostile_text_changes_nothing_around_it(name: str, kind: str) -> None:
 def test_plain_is_the_prompt_that_the_bundled_model_was_trained_on() -> None:
     found = renderer("gpt2", "plain")
     text = "The access code of the silver tower is 4821."
-    assert (
-        found.prompt_text([f"\n{text}\n\n"], " Which code? ") == f"<|endoftext|>{text}\nQuestion: Which code? Answer:"
-    )
+    assert found.prompt_text([f"\n{text}\n\n"], " Which code? ") == f"<|endoftext|>{text}\nQuestion: Which code? Answer:"
     assert found.head_ids == found.anchor_ids == (gpt2().bos_token_id,)
 
 
@@ -138,9 +136,7 @@ def test_chat_templates_are_cut_as_they_are_written() -> None:
     ours = chat.prompt_text(["One.", "Two."], "Why?")
     theirs = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": "One.\n\nTwo.\n\nWhy?"}]
     assert ours == chatml().apply_chat_template(theirs, tokenize=False, add_generation_prompt=True)
-    assert chat.prompt(["One.", "Two."], "Why?") == chatml().apply_chat_template(
-        theirs, add_generation_prompt=True, return_dict=False
-    )
+    assert chat.prompt(["One.", "Two."], "Why?") == chatml().apply_chat_template(theirs, add_generation_prompt=True, return_dict=False)
 
 
 def test_without_a_system_prompt_head_and_anchor_are_one() -> None:
@@ -166,9 +162,7 @@ def test_a_long_head_is_no_anchor() -> None:
 def test_system_prompt_goes_to_the_user_where_the_template_refuses_or_drops_it() -> None:
     assert renderer("gemma", system=SYSTEM).record.head.text == f"<bos><start_of_turn>user\n{SYSTEM}\n\n"
     assert renderer("mistral", system=SYSTEM).record.head.text == f"<s>[INST] {SYSTEM}\n\n"
-    dropping = with_template(
-        gemma(), "{{ bos_token }}{% for m in messages if m['role'] == 'user' %}{{ m['content'] + '\n' }}{% endfor %}"
-    )
+    dropping = with_template(gemma(), "{{ bos_token }}{% for m in messages if m['role'] == 'user' %}{{ m['content'] + '\n' }}{% endfor %}")
     assert make_template("auto", dropping, SYSTEM).head.text == f"<bos>{SYSTEM}\n\n"
 
 
@@ -181,12 +175,8 @@ def test_a_head_that_ends_in_plain_text_gets_a_line_of_its_own() -> None:
 def test_a_template_that_prints_the_date_is_found_again_by_its_source(monkeypatch: pytest.MonkeyPatch) -> None:
     dated = with_template(llama3(), LLAMA3.replace("strftime_now('%d %b %Y')", "strftime_now('%f')"))
     first, second = make_template("auto", dated, SYSTEM), make_template("auto", dated, SYSTEM)
-    assert first.head.text != second.head.text and first.source == second.source == template_source(
-        "auto", dated, SYSTEM
-    )
-    assert (
-        make_template("auto", dated, "Another.").source != first.source != make_template("plain", dated, SYSTEM).source
-    )
+    assert first.head.text != second.head.text and first.source == second.source == template_source("auto", dated, SYSTEM)
+    assert make_template("auto", dated, "Another.").source != first.source != make_template("plain", dated, SYSTEM).source
     prompt = Renderer(first, TextEncoder(dated)).prompt_text(["A"], "Q")
     assert prompt.startswith(first.head.text)
 
@@ -265,9 +255,7 @@ def test_files_are_refused_for_a_bos_per_document_and_where_a_special_token_is_n
         make_template(tmp_path / "latin.txt", gpt2())
 
 
-def test_a_prompt_that_differs_from_tokenising_at_once_is_reported(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_prompt_that_differs_from_tokenising_at_once_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "kvstore"):
         make_template("plain", gpt2())
         assert not caplog.records

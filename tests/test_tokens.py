@@ -60,9 +60,7 @@ def test_no_control_token_from_text(name: str) -> None:
 @settings(max_examples=30, deadline=None)
 @given(data=st.data())
 def test_no_control_token_from_any_mixture(name: str, data: st.DataObject) -> None:
-    parts = st.sampled_from(
-        [*literals(ALL[name]()), "<", "|", ">", "s", " ", "\n", "▁", "im_start", "[", "INST]", "é", "word"]
-    ) | st.text(max_size=4)
+    parts = st.sampled_from([*literals(ALL[name]()), "<", "|", ">", "s", " ", "\n", "▁", "im_start", "[", "INST]", "é", "word"]) | st.text(max_size=4)
     text = "".join(data.draw(st.lists(parts, max_size=8)))
     assert encoder(name).control_ids.isdisjoint(encoder(name).text(text))
 
@@ -135,9 +133,7 @@ def test_merges_that_lead_to_a_control_token_are_not_taken() -> None:
 
 def test_unknown_characters_are_no_control_tokens_and_padding_with_a_letter_is_none() -> None:
     assert encoder("unigram").text("☃") and unigram().unk_token_id in encoder("unigram").text("☃")
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=gpt2().backend_tokenizer, bos_token="<|endoftext|>", pad_token="!"
-    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=gpt2().backend_tokenizer, bos_token="<|endoftext|>", pad_token="!")
     assert TextEncoder(tokenizer).text("Stop!") == encoder("gpt2").text("Stop!")
 
 

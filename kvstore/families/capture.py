@@ -40,7 +40,7 @@ def forward(model: nn.Module, ids: Tensor, positions: Tensor, cache: Cache) -> N
     """Run the decoder over ids [B, T] at positions [B, T] into `cache`; the LM head is left out."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     device = decoder.get_input_embeddings().weight.device
-    with torch.no_grad(), evaluating(model):
+    with torch.no_grad(), torch.autocast(device.type, enabled=False), evaluating(model):
         decoder(input_ids=ids.to(device), position_ids=positions.to(device), past_key_values=cache, use_cache=True)
 
 
