@@ -93,7 +93,11 @@ def _doing(report: BuildReport, name: str) -> str:
 
 
 def _stored(report: BuildReport) -> str:
-    return f"snapshot {report.snapshot} holds the {count(report.documents, 'document')} above" if report.snapshot else "nothing is stored"
+    """As the store itself says it."""
+    from kvstore.store import Store
+
+    store = Store(report.store)
+    return f"snapshot {store.number} holds {count(len(store), 'document')}" if store.number else "nothing is stored"
 
 
 def summary(report: BuildReport, dry_run: bool = False) -> str:

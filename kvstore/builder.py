@@ -161,13 +161,13 @@ class _Job:
         self._finish(seen)
 
     def _take(self, planned: Planned) -> None:
-        self.report.documents += 1
-        self.report.compiled += bool(planned.tasks)
-        self.report.unchanged += not planned.changed
         for task in planned.tasks:
             self._compile(task)
         if planned.changed:
             self.waiting.append(planned.row)
+        self.report.documents += 1  # counted when done: an interrupt may come before
+        self.report.compiled += bool(planned.tasks)
+        self.report.unchanged += not planned.changed
         self.progress(self.report, planned.row.source)
         if self._full():
             self._flush("build")

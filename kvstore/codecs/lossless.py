@@ -9,7 +9,7 @@ Record: header; then per layer and kind, each part padded to whole words: four b
 lowest offset, mask of constant bytes); offsets above the lowest, a nibble or a byte a channel; alphabet and its weights;
 streams or symbols; the rest, byte plane by byte plane from the lowest.
 
-Measured on the reference model in bfloat16: 10.4 bits a key (10.7 without offsets), 10.6 bits a value.
+Measured on a small Llama in bfloat16: 10.5 bits a key (10.7 without offsets), 10.7 bits a value.
 """
 
 from __future__ import annotations

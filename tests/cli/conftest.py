@@ -3,14 +3,34 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 from cli_run import run_main
 
 from kvstore import bundled
 
 NAMES = ("hidden-garden.md", "silver-tower.md", "stone-bridge.md")
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def single_thread() -> Iterator[None]:
+    """Threads that wait for each other lose on a busy machine, and bits are compared: all of it runs on one."""
+    with one_thread():
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -27,7 +47,8 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def built(sample: Path) -> Path:
     """A store of `sample` in both regimes with all tiers. Read only: `store` is a copy to change."""
     path = sample.parent / "kv.zarr"
-    ran = run_main("build", sample, "--store", path, "--regime", "both", "--lossless", "--model", "bundled")
+    with one_thread():  # fixtures of a session come before those of a module
+        ran = run_main("build", sample, "--store", path, "--regime", "both", "--lossless", "--model", "bundled")
     assert ran.status == 0, ran.err
     return path
 

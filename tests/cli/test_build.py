@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -148,11 +152,35 @@ def test_interrupted_it_says_what_is_stored_and_goes_on_from_there(sample: Path,
     words = ("build", sample, "--store", tmp_path / "s", "--codec", "raw", "--model", "bundled")
     ran = interrupted_after(2, monkeypatch, *words)
     assert ran.status == command.INTERRUPTED == 130
-    assert ran.out.startswith("2 documents: 2 compiled") and "interrupted: snapshot 1 holds the 2 documents above" in ran.err
+    assert (
+        ran.out.startswith("2 documents: 2 compiled") and "interrupted: snapshot 1 holds 2 documents; run the same command again to go on" in ran.err
+    )
     assert Store(tmp_path / "s").sources() == ["hidden-garden.md", "silver-tower.md"]
     assert run_json("verify", "--store", tmp_path / "s")["ok"]
     again = run_json(*words)
     assert (again["compiled"], again["unchanged"]) == (1, 2)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT for a child there")
+def test_a_real_interrupt(tmp_path: Path) -> None:
+    """Ctrl-C while documents are compiled, wherever it hits: what is said to be stored is stored, and the same command does the rest."""
+    (tmp_path / "corpus").mkdir()
+    for n in range(400):
+        (tmp_path / "corpus" / f"{n:03}.md").write_text(f"The keeper of the red door {n} is Mercer. " * 10)
+    words = ["build", str(tmp_path / "corpus"), "--store", str(tmp_path / "s"), "--model", "bundled"]
+    code = "import sys, torch; torch.set_num_threads(1); from kvstore.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    child = subprocess.Popen([sys.executable, "-c", code, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while child.poll() is None and not list(tmp_path.glob("s/.kvstore/tmp/*/t0/*")):
+        time.sleep(0.05)
+    time.sleep(0.5)
+    child.send_signal(signal.SIGINT)
+    out, err = child.communicate(timeout=60)
+    assert child.returncode == 130, (out, err)
+    stored = len(Store(tmp_path / "s"))
+    assert (
+        0 < stored < 400 and f"interrupted: snapshot 1 holds {stored} documents" in err and out.startswith(f"{stored} documents: {stored} compiled")
+    )
+    assert run_json("verify", "--store", tmp_path / "s")["ok"]
 
 
 def test_a_read_only_store(sample: Path, store: Path) -> None:

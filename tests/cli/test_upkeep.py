@@ -10,7 +10,7 @@ import torch
 from cli_run import run_json, run_main
 from kvstore.cli.main import COMMANDS
 
-from kvstore import bundled, demo
+from kvstore import answering, bundled, demo
 from kvstore.errors import IntegrityError
 from kvstore.relogits import TierCheck
 from kvstore.store import Store
@@ -153,6 +153,7 @@ def test_doctor_refuses_what_it_cannot_store(tmp_path: Path, bundled_tokenizer: 
 def few(monkeypatch: pytest.MonkeyPatch, sample: Path) -> None:
     """A demo of three documents instead of all of them."""
     asked = [q._replace(source=Path(q.source).name) for q in bundled.questions()]
+    monkeypatch.setattr(answering, "RUNS", 1)
     monkeypatch.setattr(bundled, "corpus_path", lambda: sample)
     monkeypatch.setattr(bundled, "questions", lambda: [q for q in asked if (sample / q.source).exists()])
 
