@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from threading import Thread
 from typing import Any
 
@@ -17,13 +17,14 @@ import torch
 
 from kvstore.codecs import get_codec
 from kvstore.errors import InputError, KvstoreError, ResourceError
-from kvstore.families.rope import cos_sin, rotate
-from kvstore.manifest import Layout, Tier
+from kvstore.families.rope import Angles, cos_sin, rotate
+from kvstore.manifest import Layout, RopeRecord, Tier
 from kvstore.store import Stored, tier_chain
 
 TORCH = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 KV = tuple[torch.Tensor, torch.Tensor]
 _ALONE = 32  # tokens up to which one thread decodes
+_SERIAL = 16384  # values up to which torch works in the calling thread: its own threads would wait for cores that ours hold
 
 
 def allocate(layout: Layout, tokens: int, device: torch.device | str = "cpu") -> list[KV]:
@@ -90,24 +91,15 @@ class Decoder:
     def decode(self, piece: Piece, cache: Sequence[KV]) -> None:
         """Fill `cache` rows `at : at + count` of every layer. Raises IntegrityError where stored bytes are damaged."""
         stored, tiers = piece.stored, tier_chain(piece.stored.encoding, piece.tier)
-        units = [stored.pack.units(stored.segment, t.array) for t in tiers]
-        place, groups = _Placer(piece, cache), range(stored.pack.groups)
+        job = _Job(piece, tiers, cache)
+        work = [partial(stored.pack.check_once, stored.segment, t.array) for t in tiers]
+        work += [partial(job.unit, g, b) for g in range(stored.pack.groups) for b in job.blocks]
         if piece.count <= _ALONE:  # handing work to threads would take longer than doing it
-            for tier in tiers:
-                stored.pack.check_once(stored.segment, tier.array)
-            for group in groups:
-                place(group, _decode_group(piece, tiers, [u[group] for u in units], group))
+            for step in work:
+                step()
             return
-        checks = [self._pool.submit(stored.pack.check_once, stored.segment, t.array) for t in tiers]
-        pending: deque[tuple[int, Future[npt.NDArray[Any]]]] = deque()
-        for group in groups:
-            pending.append((group, self._pool.submit(_decode_group, piece, tiers, [u[group] for u in units], group)))
-            if len(pending) > self.workers:  # bounds the memory beside the cache
-                _finish(pending, place)
-        while pending:
-            _finish(pending, place)
-        for check in checks:
-            check.result()
+        for done in [self._pool.submit(step) for step in work]:
+            done.result()
 
     def warm_up(self, stored: Stored) -> Thread:
         """Load (or compile) what decoding needs, in the background: compiled kernels take half a second of a process's first load."""
@@ -124,47 +116,58 @@ class Decoder:
         return thread
 
 
-def _finish(pending: deque[tuple[int, Future[npt.NDArray[Any]]]], place: _Placer) -> None:
-    group, future = pending.popleft()
-    place(group, future.result())
+class _Job:
+    """One piece on its way into a cache. Units are decoded, cast, transposed and rotated one by one, by whichever thread takes them."""
 
-
-def _decode_group(piece: Piece, tiers: Sequence[Tier], units: Sequence[Sequence[memoryview]], group: int) -> npt.NDArray[Any]:
-    """[group layers, 2, tokens, channels]: float32, or bit patterns for exact tiers."""
-    encoding, layout = piece.stored.encoding, piece.stored.pack.layout
-    spec, block = encoding.codec(tiers[-1].codec), encoding.block_tokens
-    codec = get_codec(spec.name, spec.version, spec.params)
-    last = piece.first + piece.count
-    dtype = np.float32 if not tiers[-1].exact else (np.uint32 if layout.dtype == "float32" else np.uint16)
-    start = piece.first // block
-    out = np.empty(
-        (len(piece.stored.pack.group_layers(group)), 2, min(-(-last // block) * block, piece.stored.segment.tokens) - start * block, layout.channels),
-        dtype,
-    )
-    for b in range(start, -(-last // block)):
-        codec.decode([tier[b] for tier in units], out[:, :, (b - start) * block : (b - start + 1) * block])
-    return out[:, :, piece.first - start * block : last - start * block]
-
-
-class _Placer:
-    """Casts, transposes and rotates decoded groups into the cache."""
-
-    def __init__(self, piece: Piece, cache: Sequence[KV]):
-        self.piece, self.cache, self.layout = piece, cache, piece.stored.pack.layout
+    def __init__(self, piece: Piece, tiers: Sequence[Tier], cache: Sequence[KV]):
+        self.piece, self.cache, self.pack = piece, cache, piece.stored.pack
+        self.layout, self.block = self.pack.layout, piece.stored.encoding.block_tokens
+        self.units = [self.pack.units(piece.stored.segment, t.array) for t in tiers]
+        spec = piece.stored.encoding.codec(tiers[-1].codec)
+        self.codec = get_codec(spec.name, spec.version, spec.params)
         self.dtype, self.device = TORCH[self.layout.dtype], cache[0][0].device
+        self.decoded = np.float32 if not tiers[-1].exact else (np.uint32 if self.layout.dtype == "float32" else np.uint16)
+        self.blocks = range(piece.first // self.block, -(-(piece.first + piece.count) // self.block))
         self.positions = torch.arange(piece.position, piece.position + piece.count)
-        # cosines of the cache's own device: those of a CPU and a GPU differ in the last bits
-        self.angles = [cos_sin(self.positions, rope, self.dtype, self.device) for rope in self.layout.ropes]
+        self.angles = [self._angles(rope) for rope in self.layout.ropes]
 
-    def __call__(self, group: int, values: npt.NDArray[Any]) -> None:
-        for layer, kv in zip(self.piece.stored.pack.group_layers(group), values, strict=True):
-            into_k, into_v = (t[0, :, self.piece.at : self.piece.at + self.piece.count] for t in self.cache[layer])
-            keys, rope = self._tensor(kv[0]).to(self.device), self.layout.rope_of[layer]
-            if rope is None:
-                into_k.copy_(keys)
-            else:
-                rotate(keys, self.positions, self.layout.ropes[rope], out=into_k, angles=self.angles[rope])
-            into_v.copy_(self._tensor(kv[1]))
+    def _angles(self, rope: RopeRecord) -> Angles:
+        """Of all positions, on the cache's own device: cosines of a CPU and a GPU differ in the last bits."""
+        step, half = 2 * _SERIAL // rope.dim, rope.dim // 2
+        parts = [cos_sin(p, rope, self.dtype, self.device) for p in self.positions.split(step)]
+        whole = Angles(*(torch.empty((self.piece.count, half), dtype=parts[0].cos.dtype, device=self.device) for _ in range(2)))
+        for i, part in enumerate(parts):
+            rows = slice(i * step, i * step + len(part.cos))
+            whole.cos[rows], whole.sin[rows] = part.cos, part.sin
+        return whole
+
+    def unit(self, group: int, block: int) -> None:
+        """Decode one unit and put what is wanted of it into the cache."""
+        layers, start = self.pack.group_layers(group), block * self.block
+        tokens = min(self.block, self.piece.stored.segment.tokens - start)
+        values = np.empty((len(layers), 2, tokens, self.layout.channels), self.decoded)
+        self.codec.decode([tier[group][block] for tier in self.units], values)
+        first, last = max(start, self.piece.first), min(start + tokens, self.piece.first + self.piece.count)
+        rows = slice(first - self.piece.first, last - self.piece.first)
+        for layer, kv in zip(layers, values[:, :, first - start : last - start], strict=True):
+            self._place(layer, kv, rows)
+
+    def _place(self, layer: int, kv: npt.NDArray[Any], rows: slice) -> None:
+        """K and V [2, tokens, channels] of one layer into the piece's `rows`."""
+        into_k, into_v = (t[0, :, self.piece.at + rows.start : self.piece.at + rows.stop] for t in self.cache[layer])
+        rope = self.layout.rope_of[layer]
+        angles = None if rope is None else Angles(self.angles[rope].cos[rows], self.angles[rope].sin[rows])
+        record = None if rope is None else self.layout.ropes[rope]
+        if self.device.type == "cpu" and self.dtype == torch.bfloat16:
+            _place_compiled(kv[0], angles, record, into_k)
+            _place_compiled(kv[1], None, None, into_v)
+            return
+        keys = self._tensor(kv[0]).to(self.device)
+        if angles is None or record is None:
+            into_k.copy_(keys)
+        else:
+            rotate(keys, self.positions[rows], record, out=into_k, angles=angles)
+        into_v.copy_(self._tensor(kv[1]))
 
     def _tensor(self, values: npt.NDArray[Any]) -> torch.Tensor:
         """[kv_heads, tokens, head_dim] in the model's dtype, from [tokens, channels]."""
@@ -173,3 +176,14 @@ class _Placer:
         else:
             plain = torch.from_numpy(values.view(np.int32 if values.itemsize == 4 else np.int16)).view(self.dtype)
         return plain.view(len(values), self.layout.kv_heads, self.layout.head_dim).transpose(0, 1)
+
+
+def _place_compiled(values: npt.NDArray[Any], angles: Angles | None, record: RopeRecord | None, into: torch.Tensor) -> None:
+    """[tokens, channels], float32 or bfloat16 bits, into a bfloat16 CPU tensor [kv_heads, tokens, head_dim]."""
+    from kvstore.placing import place, widened
+
+    plain = values if values.dtype == np.float32 else widened(values)
+    none = np.empty((len(values), 0), np.float32)
+    cos, sin = (none, none) if angles is None else (angles.cos.float().numpy(), angles.sin.float().numpy())
+    start, interleaved, wide = (0, False, False) if record is None else (record.start, record.layout == "interleaved", record.arithmetic == "float32")
+    place(plain, cos, sin, start, interleaved, wide, into.view(torch.int16).numpy().view(np.uint16))

@@ -5,9 +5,13 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from kvstore import __version__, bundled
 from kvstore.answering import FirstToken, answer, first_token, live_answer
@@ -86,20 +90,47 @@ def _run_default(say: Progress) -> DemoReport:
 
 
 def _run(path: Path, say: Progress) -> DemoReport:
-    report = build(
-        bundled.corpus_path(), path, BUNDLED, regime="both", lossless=True, progress=lambda r, name: say(f"building: {r.documents} documents, {name}")
-    )
-    with_model = OpenStore(path, BUNDLED)
-    found = DemoReport(str(path), report, documents(with_model), stats(with_model))
-    tiers = found.documents[0].tiers
-    for number, question in enumerate(bundled.questions(), 1):
-        say(f"asking: {number}, {question.source}")
-        found.asked.append(_ask(with_model, question, (tiers[0], tiers[-1])))
-    names = _long_prefix(found.documents)
+    with _threads(1):
+        report = _build(path, say)
+    opened = OpenStore(path, BUNDLED)
+    found = DemoReport(str(path), report, documents(opened), stats(opened))
+    tiers, asked = found.documents[0].tiers, bundled.questions()
+    with _threads(_faster(lambda: _ask(opened, asked[0], tiers[:1]))):
+        for number, question in enumerate(asked, 1):
+            say(f"asking: {number} of {len(asked)}, {question.source}")
+            found.asked.append(_ask(opened, question, (tiers[0], tiers[-1])))
     for tier in tiers:
         say(f"timing the first token at tier {tier}")
-        found.first_token[tier] = first_token(with_model, names, bundled.questions()[0].question, reuse="blocks", tier=tier)
+        found.first_token[tier] = first_token(opened, _long_prefix(found.documents), asked[0].question, reuse="blocks", tier=tier)
     return found
+
+
+def _build(path: Path, say: Progress) -> BuildReport:
+    def progress(report: BuildReport, name: str) -> None:
+        say(f"building: {report.documents} documents, {name}")
+
+    return build(bundled.corpus_path(), path, BUNDLED, regime="both", lossless=True, progress=progress)
+
+
+@contextmanager
+def _threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _faster(work: Callable[[], Any]) -> int:
+    """One thread, or as many as torch has now: with a model this small they wait for each other, on a busy machine ten times as long as they work."""
+    took: dict[int, float] = {}
+    for number in (1, 1, torch.get_num_threads()):  # the first run warms up
+        started = time.perf_counter()
+        with _threads(number):
+            work()
+        took[number] = time.perf_counter() - started
+    return min(took, key=lambda n: took[n])
 
 
 def _ask(store: OpenStore, asked: Question, tiers: tuple[str, ...]) -> Asked:

@@ -103,7 +103,7 @@ class ModelSource:
         """How the live model's cache is laid out and rotated, as measured. Raises IncompatibleError."""
         return require_layout(self.model)
 
-    @property
+    @cached_property
     def context_tokens(self) -> int:
         """Positions the model was made for."""
         if self.is_object:
