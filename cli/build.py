@@ -71,7 +71,8 @@ def run(args: argparse.Namespace, out: Output) -> int:
     )
     out.result(to_json(report, args.dry_run), summary(report, args.dry_run))
     if report.interrupted:
-        out.say(f"interrupted: {_stored(report)}; run the same command again to go on")
+        stored = "nothing was written" if args.dry_run else _stored(report)
+        out.say(f"interrupted: {stored}; run the same command again to go on")
     return INTERRUPTED if report.interrupted else 0
 
 

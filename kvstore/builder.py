@@ -6,6 +6,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -90,20 +91,21 @@ def build(
     started = time.perf_counter()
     source = model if isinstance(model, ModelSource) else ModelSource(model, tokenizer, dtype=dtype, device=device)
     found = reading.read(documents, include=include, strict=strict)
-    job = _Job(_opened(store, dry_run), source, progress, limits, dry_run)
-    job.roots = reading.roots_of(documents)
-    room = source.context_tokens
-    rules = Rules(regime, passage_tokens, long, room, reserve if reserve is not None else min(512, room // 4))
-    job.prepare(template, system, codec, lossless, rules)
-    job.run(found, strict)
+    with ExitStack() as scratch:
+        job = _Job(_opened(store, dry_run, scratch), source, progress, limits, dry_run)
+        job.report.store, job.roots = str(store), reading.roots_of(documents)
+        room = source.context_tokens
+        rules = Rules(regime, passage_tokens, long, room, reserve if reserve is not None else min(512, room // 4))
+        job.prepare(template, system, codec, lossless, rules)
+        job.run(found, strict)
     job.report.seconds["total"] = time.perf_counter() - started
     return job.report
 
 
-def _opened(store: str | Path, dry_run: bool) -> Store:
+def _opened(store: str | Path, dry_run: bool, scratch: ExitStack) -> Store:
     """The store, made where it is missing; a dry run makes it elsewhere, so that nothing appears."""
     if dry_run and not Path(store).exists():
-        store = Path(tempfile.mkdtemp(prefix="kvstore-dry-run-")) / Path(store).name
+        store = Path(scratch.enter_context(tempfile.TemporaryDirectory(prefix="kvstore-dry-run-"))) / Path(store).name
     create(store)
     return Store(store)
 

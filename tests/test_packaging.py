@@ -28,7 +28,7 @@ LAYERS = [
     "pack pack_writer arrays index snapshot tags checkpoint families fingerprint",
     "store reach gc collector inventory detail diff zarr_view models verify_pack",
     "documents sources objects tables tokens vocabulary cutting template passages",
-    "plan prefill encode decode quality lookup",
+    "plan prefill encode placing decode quality lookup",
     "answering compose export builder build loader load match relogits verify",
     "api",
     "demo cli integrations",

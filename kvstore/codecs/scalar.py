@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
 from kvstore.codecs.base import Array, Codec, Record, check_bits, expect
+from kvstore.codecs.grouping import Floats, Plane
 from kvstore.errors import FormatError, InputError
 
 LIMITS = {"key_step": (1, 100_000), "value_step": (1, 100_000), "value_group": (8, 4096)}
@@ -28,24 +29,6 @@ KEY, VALUE = 0, 1
 FEW_TOKENS = 8  # shorter blocks have no channel statistics: their keys are grouped like values, at a third of the step
 OUTLIER = 16.0  # a token with this many times the median energy has no say in the means
 LARGEST, TINY, FINEST = 1e38, 1e-30, 2.0**-24
-Floats = npt.NDArray[np.float32]
-
-
-class Plane(NamedTuple):
-    """How the values [tokens, channels] of one layer and kind are grouped. `channel_major`: by channel, along all tokens."""
-
-    tokens: int
-    channels: int
-    run: int
-    channel_major: bool
-
-    @property
-    def size(self) -> int:
-        return self.tokens * self.channels
-
-    @property
-    def runs(self) -> int:
-        return -(-self.size // self.run)
 
 
 class ScalarCodec(Codec):

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from kvstore.codecs import ans, scalar_kernels
 from kvstore.codecs.base import HEADER_WORDS, Array, Header, Reader, Record, damaged, to_record, words_of
 from kvstore.codecs.escapes import EscapeReader, Escapes, pack_escapes
-from kvstore.codecs.scalar import Floats, Plane
+from kvstore.codecs.grouping import Floats, Plane
 from kvstore.codecs.tables import CLASSES, class_bounds, tables
 
 FAR = 1 << 28  # no true offset is as large: levels have 24 bits

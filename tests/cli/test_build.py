@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -69,11 +70,14 @@ def test_what_cannot_be_compiled_is_named(corpus: Path, tmp_path: Path) -> None:
     assert len(run_json(*words)["skipped"]) == 2
 
 
-def test_a_dry_run_writes_nothing(sample: Path, tmp_path: Path) -> None:
+def test_a_dry_run_writes_nothing(sample: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "scratch").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
     found = run_json("build", sample, "--store", tmp_path / "s", "--dry-run", "--model", "bundled")
     assert (found["compiled"], found["dry_run"]) == (3, True) and found["tokens"] > 500
     assert "would be compiled" in run_main("build", sample, "--store", tmp_path / "s", "--dry-run", "--model", "bundled").out
-    assert list(tmp_path.iterdir()) == []
+    assert found["store"] == str(tmp_path / "s")
+    assert [p.name for p in tmp_path.rglob("*")] == ["scratch"]
 
 
 def test_options_reach_the_library(corpus: Path, tmp_path: Path) -> None:
