@@ -16,7 +16,8 @@ import numpy.typing as npt
 import torch
 
 from kvstore.codecs import get_codec
-from kvstore.errors import InputError, KvstoreError, ResourceError
+from kvstore.devices import free_memory, known_device
+from kvstore.errors import KvstoreError, ResourceError
 from kvstore.families.rope import Angles, cos_sin, rotate
 from kvstore.manifest import Layout, RopeRecord, Tier
 from kvstore.store import Stored, tier_chain
@@ -39,27 +40,6 @@ def allocate(layout: Layout, tokens: int, device: torch.device | str = "cpu") ->
     shape = (1, layout.kv_heads, tokens, layout.head_dim)
     with torch.inference_mode(False):  # the tensors outlive the caller's mode
         return [(torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device)) for _ in range(layout.layers)]
-
-
-def known_device(name: torch.device | str) -> torch.device:
-    """Raises InputError for a device that torch does not have here."""
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"no device {str(name)!r} here: {str(error).splitlines()[0]}", remedy="use cpu, or a torch build for it") from error
-    return device
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Bytes free on a device, None where nobody can say."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return None
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvstore import bundled
-from kvstore.decode import known_device
+from kvstore.devices import known_device
 from kvstore.errors import IncompatibleError, InputError
 from kvstore.families.measure import require_layout
 from kvstore.fingerprint import check_probe, model_at, model_of, probe_ids, probe_sketch

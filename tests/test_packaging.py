@@ -25,7 +25,7 @@ LAYERS = [
     "errors digest receipt",
     "identity manifest storage bundled schemas validate",
     "codecs transforms quantizers policies calibration",
-    "pack pack_writer arrays index snapshot tags checkpoint families fingerprint",
+    "pack pack_writer arrays index snapshot tags checkpoint devices families fingerprint",
     "store reach gc collector inventory detail diff zarr_view models verify_pack",
     "documents sources objects tables tokens vocabulary cutting template passages",
     "plan prefill encode placing decode quality lookup",
