@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -60,6 +61,7 @@ class Decoder:
     def __init__(self, workers: int | None = None):
         self.workers = workers or os.cpu_count() or 1
         self._owned: tuple[int, ThreadPoolExecutor] | None = None
+        self._scratch = Scratch()
 
     @property
     def _pool(self) -> ThreadPoolExecutor:
@@ -71,7 +73,7 @@ class Decoder:
     def decode(self, piece: Piece, cache: Sequence[KV]) -> None:
         """Fill `cache` rows `at : at + count` of every layer. Raises IntegrityError where stored bytes are damaged."""
         stored, tiers = piece.stored, tier_chain(piece.stored.encoding, piece.tier)
-        job = _Job(piece, tiers, cache)
+        job = _Job(piece, tiers, cache, self._scratch)
         work = [partial(stored.pack.check_once, stored.segment, t.array) for t in tiers]
         work += [partial(job.unit, g, b) for g in range(stored.pack.groups) for b in job.blocks]
         if piece.count <= _ALONE:  # handing work to threads would take longer than doing it
@@ -81,7 +83,7 @@ class Decoder:
         for done in [self._pool.submit(step) for step in work]:
             done.result()
 
-    def warm_up(self, stored: Stored) -> Thread:
+    def warm_up(self, stored: Stored) -> threading.Thread:
         """Load (or compile) what decoding needs, in the background: compiled kernels take half a second of a process's first load."""
 
         def work() -> None:
@@ -91,16 +93,30 @@ class Decoder:
                     count = min(stored.segment.tokens, 2 * _ALONE)
                     self.decode(Piece(stored, tier.name, count, 0, 0), allocate(stored.pack.layout, count))
 
-        thread = Thread(target=work, name="kvstore-warm-up")
+        thread = threading.Thread(target=work, name="kvstore-warm-up")
         thread.start()
         return thread
+
+
+class Scratch(threading.local):
+    """Arrays that each thread takes again and again: fresh ones cost a page fault per 4 KiB, a third of a load's time."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[str, npt.NDArray[np.uint8]] = {}
+
+    def take(self, name: str, shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
+        """An uninitialised array, valid until this thread takes `name` again."""
+        nbytes = math.prod(shape) * np.dtype(dtype).itemsize
+        if name not in self.buffers or self.buffers[name].nbytes < nbytes:
+            self.buffers[name] = np.empty(nbytes, np.uint8)
+        return self.buffers[name][:nbytes].view(dtype).reshape(shape)
 
 
 class _Job:
     """One piece on its way into a cache. Units are decoded, cast, transposed and rotated one by one, by whichever thread takes them."""
 
-    def __init__(self, piece: Piece, tiers: Sequence[Tier], cache: Sequence[KV]):
-        self.piece, self.cache, self.pack = piece, cache, piece.stored.pack
+    def __init__(self, piece: Piece, tiers: Sequence[Tier], cache: Sequence[KV], scratch: Scratch):
+        self.piece, self.cache, self.pack, self.scratch = piece, cache, piece.stored.pack, scratch
         self.layout, self.block = self.pack.layout, piece.stored.encoding.block_tokens
         self.units = [self.pack.units(piece.stored.segment, t.array) for t in tiers]
         spec = piece.stored.encoding.codec(tiers[-1].codec)
@@ -125,7 +141,7 @@ class _Job:
         """Decode one unit and put what is wanted of it into the cache."""
         layers, start = self.pack.group_layers(group), block * self.block
         tokens = min(self.block, self.piece.stored.segment.tokens - start)
-        values = np.empty((len(layers), 2, tokens, self.layout.channels), self.decoded)
+        values = self.scratch.take("values", (len(layers), 2, tokens, self.layout.channels), self.decoded)
         self.codec.decode([tier[group][block] for tier in self.units], values)
         first, last = max(start, self.piece.first), min(start + tokens, self.piece.first + self.piece.count)
         rows = slice(first - self.piece.first, last - self.piece.first)
@@ -139,8 +155,8 @@ class _Job:
         angles = None if rope is None else Angles(self.angles[rope].cos[rows], self.angles[rope].sin[rows])
         record = None if rope is None else self.layout.ropes[rope]
         if self.device.type == "cpu" and self.dtype == torch.bfloat16:
-            _place_compiled(kv[0], angles, record, into_k)
-            _place_compiled(kv[1], None, None, into_v)
+            _place_compiled(self._wide(kv[0]), angles, record, into_k)
+            _place_compiled(self._wide(kv[1]), None, None, into_v)
             return
         keys = self._tensor(kv[0]).to(self.device)
         if angles is None or record is None:
@@ -148,6 +164,14 @@ class _Job:
         else:
             rotate(keys, self.positions[rows], record, out=into_k, angles=angles)
         into_v.copy_(self._tensor(kv[1]))
+
+    def _wide(self, values: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+        """bfloat16 bits as float32 of the same value, in memory that the next call takes again; float32 as it is."""
+        from kvstore.placing import widen
+
+        if values.dtype == np.float32:
+            return values
+        return widen(values, self.scratch.take("wide", values.shape, np.uint32))
 
     def _tensor(self, values: npt.NDArray[Any]) -> torch.Tensor:
         """[kv_heads, tokens, head_dim] in the model's dtype, from [tokens, channels]."""
@@ -158,12 +182,11 @@ class _Job:
         return plain.view(len(values), self.layout.kv_heads, self.layout.head_dim).transpose(0, 1)
 
 
-def _place_compiled(values: npt.NDArray[Any], angles: Angles | None, record: RopeRecord | None, into: torch.Tensor) -> None:
-    """[tokens, channels], float32 or bfloat16 bits, into a bfloat16 CPU tensor [kv_heads, tokens, head_dim]."""
-    from kvstore.placing import place, widened
+def _place_compiled(values: npt.NDArray[np.float32], angles: Angles | None, record: RopeRecord | None, into: torch.Tensor) -> None:
+    """[tokens, channels] into a bfloat16 CPU tensor [kv_heads, tokens, head_dim]."""
+    from kvstore.placing import place
 
-    plain = values if values.dtype == np.float32 else widened(values)
     none = np.empty((len(values), 0), np.float32)
     cos, sin = (none, none) if angles is None else (angles.cos.float().numpy(), angles.sin.float().numpy())
     start, interleaved, wide = (0, False, False) if record is None else (record.start, record.layout == "interleaved", record.arithmetic == "float32")
-    place(plain, cos, sin, start, interleaved, wide, into.view(torch.int16).numpy().view(np.uint16))
+    place(values, cos, sin, start, interleaved, wide, into.view(torch.int16).numpy().view(np.uint16))

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kvstore.codecs.jit import compiled, helper, inlined, uint16, uint32
+from kvstore.codecs.jit import compiled, inlined, uint16, uint32
 
 Array = npt.NDArray[Any]
 
@@ -31,20 +31,46 @@ def _rounded(x: Any) -> Any:
     return np.uint32((u + uint32(0x7FFF) + ((u >> uint32(16)) & uint32(1))) & uint32(0xFFFF0000)).view(np.float32)
 
 
-@helper
-def _turn(values: Array, t: int, first: int, second: int, step: int, cos: Array, sin: Array, wide: bool, h: int, shift: int, out: Array) -> None:
-    """Pairs (first + i * step, second + i * step) of row `t`; they lie `shift` further left in head `h` of `out`."""
-    half = cos.shape[1]
-    if wide:
+@inlined
+def _load(values: Array, t: int, at: int, interleaved: bool, x: Array, y: Array) -> None:
+    """The pairs of one head, rounded: short loops into temporaries are what the compiler turns into vector instructions."""
+    half = len(x)
+    if interleaved:
         for i in range(half):
-            x, y = _rounded(values[t, first + i * step]), _rounded(values[t, second + i * step])
-            out[h, t, first - shift + i * step] = _bits(x * cos[t, i] - y * sin[t, i])
-            out[h, t, second - shift + i * step] = _bits(y * cos[t, i] + x * sin[t, i])
+            x[i], y[i] = _rounded(values[t, at + 2 * i]), _rounded(values[t, at + 2 * i + 1])
     else:
         for i in range(half):
-            x, y = _rounded(values[t, first + i * step]), _rounded(values[t, second + i * step])
-            out[h, t, first - shift + i * step] = _bits(_rounded(x * cos[t, i]) - _rounded(y * sin[t, i]))
-            out[h, t, second - shift + i * step] = _bits(_rounded(y * cos[t, i]) + _rounded(x * sin[t, i]))
+            x[i] = _rounded(values[t, at + i])
+        for i in range(half):
+            y[i] = _rounded(values[t, at + half + i])
+
+
+@inlined
+def _turn(x: Array, y: Array, cos: Array, sin: Array, t: int, wide: bool, first: Array, second: Array) -> None:
+    half = len(x)
+    if wide:
+        for i in range(half):
+            first[i] = x[i] * cos[t, i] - y[i] * sin[t, i]
+        for i in range(half):
+            second[i] = y[i] * cos[t, i] + x[i] * sin[t, i]
+    else:
+        for i in range(half):
+            first[i] = _rounded(x[i] * cos[t, i]) - _rounded(y[i] * sin[t, i])
+        for i in range(half):
+            second[i] = _rounded(y[i] * cos[t, i]) + _rounded(x[i] * sin[t, i])
+
+
+@inlined
+def _store(first: Array, second: Array, interleaved: bool, out: Array, h: int, t: int, start: int) -> None:
+    half = len(first)
+    if interleaved:
+        for i in range(half):
+            out[h, t, start + 2 * i], out[h, t, start + 2 * i + 1] = _bits(first[i]), _bits(second[i])
+    else:
+        for i in range(half):
+            out[h, t, start + i] = _bits(first[i])
+        for i in range(half):
+            out[h, t, start + half + i] = _bits(second[i])
 
 
 @compiled
@@ -55,20 +81,21 @@ def place(values: Array, cos: Array, sin: Array, start: int, interleaved: bool, 
     """
     heads, tokens, width = out.shape
     half = cos.shape[1]
+    x, y, first, second = np.empty(half, np.float32), np.empty(half, np.float32), np.empty(half, np.float32), np.empty(half, np.float32)
     for h in range(heads):
         base = h * width
         for t in range(tokens):
             if 2 * half < width:
                 for i in range(width):
                     out[h, t, i] = _bits(values[t, base + i])
-            if half > 0 and interleaved:
-                _turn(values, t, base + start, base + start + 1, 2, cos, sin, wide, h, base, out)
-            elif half > 0:
-                _turn(values, t, base + start, base + start + half, 1, cos, sin, wide, h, base, out)
+            if half > 0:
+                _load(values, t, base + start, interleaved, x, y)
+                _turn(x, y, cos, sin, t, wide, first, second)
+                _store(first, second, interleaved, out, h, t, start)
 
 
-def widened(bits: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
-    """bfloat16 bits as the float32 of the same value."""
-    wide = bits.astype(np.uint32)
-    wide <<= np.uint32(16)
-    return wide.view(np.float32)
+def widen(bits: npt.NDArray[np.uint16], out: npt.NDArray[np.uint32]) -> npt.NDArray[np.float32]:
+    """bfloat16 bits as the float32 of the same value, in the memory of `out`."""
+    np.copyto(out, bits)
+    out <<= np.uint32(16)
+    return out.view(np.float32)

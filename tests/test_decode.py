@@ -15,7 +15,7 @@ from kvstore.decode import Decoder, Piece, allocate
 from kvstore.errors import InputError, ResourceError
 from kvstore.families.rope import cos_sin, rotate
 from kvstore.manifest import RopeRecord
-from kvstore.placing import place, widened
+from kvstore.placing import place, widen
 
 HEADS, TOKENS, WIDTH = 3, 37, 16
 
@@ -41,7 +41,7 @@ def test_the_compiled_pass_gives_the_bits_of_the_torch_path(layout: str, arithme
 def test_values_pass_bit_for_bit_even_infinities_and_nans() -> None:
     bits = np.arange(1 << 16, dtype=np.uint16).reshape(4096, 16)
     none, out = np.empty((4096, 0), np.float32), np.zeros((1, 4096, 16), np.uint16)
-    place(widened(bits), none, none, 0, False, False, out)
+    place(widen(bits, np.empty(bits.shape, np.uint32)), none, none, 0, False, False, out)
     assert np.array_equal(out[0], bits)
 
 
