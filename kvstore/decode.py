@@ -26,7 +26,6 @@ from kvstore.store import Stored, tier_chain
 TORCH = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 KV = tuple[torch.Tensor, torch.Tensor]
 _ALONE = 32  # tokens up to which one thread decodes
-_SERIAL = 16384  # values up to which torch works in the calling thread: its own threads would wait for cores that ours hold
 
 
 def allocate(layout: Layout, tokens: int, device: torch.device | str = "cpu") -> list[KV]:
@@ -61,7 +60,7 @@ class Decoder:
     def __init__(self, workers: int | None = None):
         self.workers = workers or os.cpu_count() or 1
         self._owned: tuple[int, ThreadPoolExecutor] | None = None
-        self._scratch = Scratch()
+        self._scratch, self._turns = Scratch(), Turns()
 
     @property
     def _pool(self) -> ThreadPoolExecutor:
@@ -73,7 +72,7 @@ class Decoder:
     def decode(self, piece: Piece, cache: Sequence[KV]) -> None:
         """Fill `cache` rows `at : at + count` of every layer. Raises IntegrityError where stored bytes are damaged."""
         stored, tiers = piece.stored, tier_chain(piece.stored.encoding, piece.tier)
-        job = _Job(piece, tiers, cache, self._scratch)
+        job = _Job(piece, tiers, cache, self._scratch, self._turns)
         work = [partial(stored.pack.check_once, stored.segment, t.array) for t in tiers]
         work += [partial(job.unit, g, b) for g in range(stored.pack.groups) for b in job.blocks]
         if piece.count <= _ALONE:  # handing work to threads would take longer than doing it
@@ -112,10 +111,29 @@ class Scratch(threading.local):
         return self.buffers[name][:nbytes].view(dtype).reshape(shape)
 
 
+class Turns:
+    """cos and sin of all positions up to the furthest one asked for, per rope: computing them anew took half of a raw load's time.
+
+    Made on the cache's own device: cosines of a CPU and a GPU differ in the last bits.
+    """
+
+    def __init__(self) -> None:
+        self.tables: dict[tuple[RopeRecord, torch.dtype, torch.device], Angles] = {}
+
+    def take(self, rope: RopeRecord, first: int, count: int, dtype: torch.dtype, device: torch.device) -> Angles:
+        """Of positions `first : first + count`, [count, dim / 2] each."""
+        key, needed = (rope, dtype, device), first + count
+        table = self.tables.get(key)
+        if table is None or len(table.cos) < needed:
+            positions = torch.arange(max(1024, 1 << (needed - 1).bit_length()))
+            table = self.tables[key] = cos_sin(positions, rope, dtype, device)
+        return Angles(table.cos[first:needed], table.sin[first:needed])
+
+
 class _Job:
     """One piece on its way into a cache. Units are decoded, cast, transposed and rotated one by one, by whichever thread takes them."""
 
-    def __init__(self, piece: Piece, tiers: Sequence[Tier], cache: Sequence[KV], scratch: Scratch):
+    def __init__(self, piece: Piece, tiers: Sequence[Tier], cache: Sequence[KV], scratch: Scratch, turns: Turns):
         self.piece, self.cache, self.pack, self.scratch = piece, cache, piece.stored.pack, scratch
         self.layout, self.block = self.pack.layout, piece.stored.encoding.block_tokens
         self.units = [self.pack.units(piece.stored.segment, t.array) for t in tiers]
@@ -125,17 +143,7 @@ class _Job:
         self.decoded = np.float32 if not tiers[-1].exact else (np.uint32 if self.layout.dtype == "float32" else np.uint16)
         self.blocks = range(piece.first // self.block, -(-(piece.first + piece.count) // self.block))
         self.positions = torch.arange(piece.position, piece.position + piece.count)
-        self.angles = [self._angles(rope) for rope in self.layout.ropes]
-
-    def _angles(self, rope: RopeRecord) -> Angles:
-        """Of all positions, on the cache's own device: cosines of a CPU and a GPU differ in the last bits."""
-        step, half = 2 * _SERIAL // rope.dim, rope.dim // 2
-        parts = [cos_sin(p, rope, self.dtype, self.device) for p in self.positions.split(step)]
-        whole = Angles(*(torch.empty((self.piece.count, half), dtype=parts[0].cos.dtype, device=self.device) for _ in range(2)))
-        for i, part in enumerate(parts):
-            rows = slice(i * step, i * step + len(part.cos))
-            whole.cos[rows], whole.sin[rows] = part.cos, part.sin
-        return whole
+        self.angles = [turns.take(rope, piece.position, piece.count, self.dtype, self.device) for rope in self.layout.ropes]
 
     def unit(self, group: int, block: int) -> None:
         """Decode one unit and put what is wanted of it into the cache."""

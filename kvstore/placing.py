@@ -31,67 +31,48 @@ def _rounded(x: Any) -> Any:
     return np.uint32((u + uint32(0x7FFF) + ((u >> uint32(16)) & uint32(1))) & uint32(0xFFFF0000)).view(np.float32)
 
 
-@inlined
-def _load(values: Array, t: int, at: int, interleaved: bool, x: Array, y: Array) -> None:
-    """The pairs of one head, rounded: short loops into temporaries are what the compiler turns into vector instructions."""
-    half = len(x)
-    if interleaved:
-        for i in range(half):
-            x[i], y[i] = _rounded(values[t, at + 2 * i]), _rounded(values[t, at + 2 * i + 1])
-    else:
-        for i in range(half):
-            x[i] = _rounded(values[t, at + i])
-        for i in range(half):
-            y[i] = _rounded(values[t, at + half + i])
-
-
-@inlined
-def _turn(x: Array, y: Array, cos: Array, sin: Array, t: int, wide: bool, first: Array, second: Array) -> None:
-    half = len(x)
-    if wide:
-        for i in range(half):
-            first[i] = x[i] * cos[t, i] - y[i] * sin[t, i]
-        for i in range(half):
-            second[i] = y[i] * cos[t, i] + x[i] * sin[t, i]
-    else:
-        for i in range(half):
-            first[i] = _rounded(x[i] * cos[t, i]) - _rounded(y[i] * sin[t, i])
-        for i in range(half):
-            second[i] = _rounded(y[i] * cos[t, i]) + _rounded(x[i] * sin[t, i])
-
-
-@inlined
-def _store(first: Array, second: Array, interleaved: bool, out: Array, h: int, t: int, start: int) -> None:
-    half = len(first)
-    if interleaved:
-        for i in range(half):
-            out[h, t, start + 2 * i], out[h, t, start + 2 * i + 1] = _bits(first[i]), _bits(second[i])
-    else:
-        for i in range(half):
-            out[h, t, start + i] = _bits(first[i])
-        for i in range(half):
-            out[h, t, start + half + i] = _bits(second[i])
-
-
 @compiled
 def place(values: Array, cos: Array, sin: Array, start: int, interleaved: bool, wide: bool, out: Array) -> None:
     """float32 `values` [tokens, heads * head_dim] into uint16 `out` [heads, tokens, head_dim].
 
     `cos` and `sin`, float32 [tokens, dim / 2] (rounded to bfloat16 unless `wide`), turn channels from `start` on; [tokens, 0] turns none.
+    One long function of short loops into temporaries: that is what becomes vector instructions, and a helper given arrays is not.
     """
     heads, tokens, width = out.shape
     half = cos.shape[1]
     x, y, first, second = np.empty(half, np.float32), np.empty(half, np.float32), np.empty(half, np.float32), np.empty(half, np.float32)
     for h in range(heads):
-        base = h * width
         for t in range(tokens):
             if 2 * half < width:
                 for i in range(width):
-                    out[h, t, i] = _bits(values[t, base + i])
-            if half > 0:
-                _load(values, t, base + start, interleaved, x, y)
-                _turn(x, y, cos, sin, t, wide, first, second)
-                _store(first, second, interleaved, out, h, t, start)
+                    out[h, t, i] = _bits(values[t, h * width + i])
+            at = h * width + start
+            if interleaved:
+                for i in range(half):
+                    x[i], y[i] = _rounded(values[t, at + 2 * i]), _rounded(values[t, at + 2 * i + 1])
+            else:
+                for i in range(half):
+                    x[i] = _rounded(values[t, at + i])
+                for i in range(half):
+                    y[i] = _rounded(values[t, at + half + i])
+            if wide:
+                for i in range(half):
+                    first[i] = x[i] * cos[t, i] - y[i] * sin[t, i]
+                for i in range(half):
+                    second[i] = y[i] * cos[t, i] + x[i] * sin[t, i]
+            else:
+                for i in range(half):
+                    first[i] = _rounded(x[i] * cos[t, i]) - _rounded(y[i] * sin[t, i])
+                for i in range(half):
+                    second[i] = _rounded(y[i] * cos[t, i]) + _rounded(x[i] * sin[t, i])
+            if interleaved:
+                for i in range(half):
+                    out[h, t, start + 2 * i], out[h, t, start + 2 * i + 1] = _bits(first[i]), _bits(second[i])
+            else:
+                for i in range(half):
+                    out[h, t, start + i] = _bits(first[i])
+                for i in range(half):
+                    out[h, t, start + half + i] = _bits(second[i])
 
 
 def widen(bits: npt.NDArray[np.uint16], out: npt.NDArray[np.uint32]) -> npt.NDArray[np.float32]:
