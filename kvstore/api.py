@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import threading
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from functools import cached_property
@@ -61,6 +63,7 @@ class OpenStore(Store):
         self._given, self._tokenizer, self._dtype, self._device = model, tokenizer, dtype, device
         self._choice = {"template": template, "encoding": encoding}
         if model is not None:
+            threading.Thread(target=_import_kernels, name="kvstore-import").start()
             self.source.require_known(self)
             if self.source.is_object and self.has_model(self.source.identity.key):
                 self.source.check(self)
@@ -190,6 +193,12 @@ class OpenStore(Store):
     def artifacts(self, row: Row) -> list[Stored]:
         """Every stored artifact that a row needs."""
         return [self.stored(key, row.encoding) for key in sorted(row.segment_keys())]
+
+
+def _import_kernels() -> None:
+    """numba takes a third of a second to import: done while the model is read, not at the first load."""
+    with suppress(KvstoreError):  # numba may be missing: whoever needs it says so
+        importlib.import_module("kvstore.placing")
 
 
 def listed(documents: Any) -> list[Any]:
