@@ -26,6 +26,7 @@ from kvstore.store import Stored, tier_chain
 TORCH = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 KV = tuple[torch.Tensor, torch.Tensor]
 _ALONE = 32  # tokens up to which one thread decodes
+_KEPT = 1 << 18  # positions up to which a table of cosines is kept: 64 MiB for heads of 128 in bfloat16
 
 
 def allocate(layout: Layout, tokens: int, device: torch.device | str = "cpu") -> list[KV]:
@@ -98,7 +99,7 @@ class Decoder:
 
 
 class Scratch(threading.local):
-    """Arrays that each thread takes again and again: fresh ones cost a page fault per 4 KiB, a third of a load's time."""
+    """Arrays that each thread takes again and again: fresh ones cost a page fault per 4 KiB."""
 
     def __init__(self) -> None:
         self.buffers: dict[str, npt.NDArray[np.uint8]] = {}
@@ -123,10 +124,13 @@ class Turns:
     def take(self, rope: RopeRecord, first: int, count: int, dtype: torch.dtype, device: torch.device) -> Angles:
         """Of positions `first : first + count`, [count, dim / 2] each."""
         key, needed = (rope, dtype, device), first + count
+        if needed > _KEPT:
+            return cos_sin(torch.arange(first, needed), rope, dtype, device)
         table = self.tables.get(key)
         if table is None or len(table.cos) < needed:
-            positions = torch.arange(max(1024, 1 << (needed - 1).bit_length()))
-            table = self.tables[key] = cos_sin(positions, rope, dtype, device)
+            with torch.inference_mode(False):  # the table outlives the caller's mode
+                table = cos_sin(torch.arange(max(1024, 1 << (needed - 1).bit_length())), rope, dtype, device)
+            self.tables[key] = table
         return Angles(table.cos[first:needed], table.sin[first:needed])
 
 
