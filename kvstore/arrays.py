@@ -14,6 +14,11 @@ UINT = {"bfloat16": "uint16", "float16": "uint16", "float32": "uint32"}
 _LITTLE = {"name": "bytes", "configuration": {"endian": "little"}}
 
 
+def stored_type(tier: Tier, dtype: str) -> tuple[str, int | str]:
+    """Zarr data type and fill value of a tier's values: float32, or the bit patterns of `dtype` where the tier is exact; the fill is a NaN."""
+    return (UINT[dtype], NAN_BITS[dtype]) if tier.exact else ("float32", "NaN")
+
+
 def array_metadata(data_type: str, shape: list[int], chunk: list[int], fill: int | str, names: list[str], codecs: list[dict[str, Any]]) -> bytes:
     """zarr.json of one array in a single chunk (shard) with a flat chunk key."""
     document = {"zarr_format": 3, "node_type": "array", "shape": shape, "data_type": data_type,
@@ -34,7 +39,7 @@ def tier_metadata(tier: Tier, layout: Layout, encoding: Encoding, slots: int) ->
     sharding = {"chunk_shape": inner, "codecs": [{"name": "kvstore.unit", "configuration": unit}, {"name": "crc32c"}],
                 "index_codecs": [_LITTLE, {"name": "crc32c"}], "index_location": "end"}  # fmt: skip
     codecs = [{"name": "sharding_indexed", "configuration": sharding}]
-    data_type, fill = (UINT[dtype], NAN_BITS[dtype]) if tier.exact else ("float32", "NaN")
+    data_type, fill = stored_type(tier, dtype)
     return array_metadata(data_type, shape, whole, fill, ["layer", "kv", "token", "channel"], codecs)
 
 

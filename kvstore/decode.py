@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from kvstore.arrays import stored_type
 from kvstore.codecs import get_codec
 from kvstore.devices import free_memory, known_device
 from kvstore.errors import KvstoreError, ResourceError
@@ -144,7 +145,7 @@ class _Job:
         spec = piece.stored.encoding.codec(tiers[-1].codec)
         self.codec = get_codec(spec.name, spec.version, spec.params)
         self.dtype, self.device = TORCH[self.layout.dtype], cache[0][0].device
-        self.decoded = np.float32 if not tiers[-1].exact else (np.uint32 if self.layout.dtype == "float32" else np.uint16)
+        self.decoded = np.dtype(stored_type(tiers[-1], self.layout.dtype)[0])
         self.blocks = range(piece.first // self.block, -(-(piece.first + piece.count) // self.block))
         self.positions = torch.arange(piece.position, piece.position + piece.count)
         self.angles = [turns.take(rope, piece.position, piece.count, self.dtype, self.device) for rope in self.layout.ropes]

@@ -75,7 +75,7 @@ def model_of(model: PreTrainedModel) -> Model:
     return _describe(config, type(model), name, tensors, _plain_dtype(model.dtype))
 
 
-def _describe(config: PreTrainedConfig, family: type, name: str, tensors: Tensors, dtype: str, adapters: tuple[str, ...] = ()) -> Model:
+def _describe(config: PreTrainedConfig, family: type, name: str, tensors: Tensors, dtype: str) -> Model:
     text = config.get_text_config(decoder=True)
     quantization = getattr(config, "quantization_config", None)
     if dtype not in TOLERANCE:
@@ -85,7 +85,6 @@ def _describe(config: PreTrainedConfig, family: type, name: str, tensors: Tensor
         weights=weights_digest(tensors, getattr(text, "vocab_size", None)),
         config=kv_config(text.to_dict()),
         dtype=_value_dtype(dtype),
-        adapters=adapters,
         quantization=None if quantization is None else str(quantization),
         code=_code_digest(family),
     )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from kvstore.arrays import stored_type
 from kvstore.codecs import get_codec
 from kvstore.errors import IncompatibleError, InputError, ResourceError
 from kvstore.manifest import Encoding, Tier
@@ -76,7 +77,7 @@ def estimate(stored: Sequence[Stored], tier: Tier) -> float:
     codec = get_codec(spec.name, spec.version, spec.params)
     records = [pack.units(sample.segment, t.array)[0][0] for t in tiers]
     tokens = codec.peek_tokens(records[0])
-    dtype = np.float32 if not tier.exact else (np.uint32 if pack.layout.dtype == "float32" else np.uint16)
+    dtype = np.dtype(stored_type(tier, pack.layout.dtype)[0])
     out = np.empty((len(pack.group_layers(0)), 2, tokens, pack.layout.channels), dtype)
     codec.decode(records, out)  # the first call may compile
     started = time.perf_counter()

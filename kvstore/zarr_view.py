@@ -12,7 +12,7 @@ from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, Suf
 from zarr.abc.store import Store as ZarrStore
 from zarr.core.buffer import Buffer, BufferPrototype
 
-from kvstore.arrays import NAN_BITS, UINT, array_metadata
+from kvstore.arrays import array_metadata, stored_type
 from kvstore.codecs import get_codec
 from kvstore.errors import NotFoundError
 from kvstore.manifest import zarr_group
@@ -62,8 +62,7 @@ class TierStore(ZarrStore):
 
     def _metadata(self, pack: Pack) -> bytes:
         encoding, layout = pack.encoding, pack.layout
-        exact = tier_chain(encoding, self.tier)[-1].exact
-        data_type, fill = (UINT[layout.dtype], NAN_BITS[layout.dtype]) if exact else ("float32", "NaN")
+        data_type, fill = stored_type(tier_chain(encoding, self.tier)[-1], layout.dtype)
         chunk = [encoding.group_layers, 2, encoding.block_tokens, layout.channels]
         shape = [layout.layers, 2, pack.manifest.slots, layout.channels]
         return bytes(
@@ -84,9 +83,9 @@ class TierStore(ZarrStore):
         records = [pack.unit(t.array, group, block) for t in tiers]
         codec = get_codec(spec.name, spec.version, spec.params)
         tokens, layers = codec.peek_tokens(records[0]), len(pack.group_layers(group))
-        exact = tiers[-1].exact
-        dtype, fill = (np.dtype(UINT[layout.dtype]), NAN_BITS[layout.dtype]) if exact else (np.dtype(np.float32), np.nan)
-        whole = np.full((pack.encoding.group_layers, 2, pack.encoding.block_tokens, layout.channels), fill, dtype)
+        data_type, fill = stored_type(tiers[-1], layout.dtype)
+        dtype = np.dtype(data_type)
+        whole = np.full((pack.encoding.group_layers, 2, pack.encoding.block_tokens, layout.channels), dtype.type(fill), dtype)
         decoded = np.empty((layers, 2, tokens, layout.channels), dtype)
         codec.decode(records, decoded)
         whole[:layers, :, :tokens] = decoded
