@@ -15,7 +15,6 @@ from kvstore.cli.output import Output, count, safe
 
 if TYPE_CHECKING:
     from kvstore.builder import BuildReport
-    from kvstore.models import ModelSource
 
 USAGE = "PATH... [options]"
 INTERRUPTED = 130
@@ -43,8 +42,28 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--long", choices=("split", "skip", "error"), default="split", help="what to do with documents beyond the model's context (default: split)"
     )
-    parser.add_argument("--codec", choices=("scalar", "lossless", "raw"), default="scalar", help="how values become bytes (default: scalar)")
+    parser.add_argument(
+        "--codec",
+        choices=("transform", "scalar", "lossless", "raw", "cachegen"),
+        default="transform",
+        help="how values become bytes (default: transform)",
+    )
+    parser.add_argument(
+        "--policy",
+        metavar="NAME[:K=V,...]",
+        default="uniform",
+        help="which tokens count: uniform, sink+recent, h2o, kvzip (finer or coarser steps, or rest=drop), fastgen (default: uniform)",
+    )
     parser.add_argument("--lossless", action="store_true", help="store a lossless tier as well")
+    options.add_calibration(parser)
+    parser.add_argument("--recalibrate", action="store_true", help="learn anew what the transform codec needs, from these documents")
+    parser.add_argument(
+        "--certify",
+        choices=("none", "sample", "all"),
+        default="sample",
+        help="measure what the tiers lose on a sample of the new documents, on all, or not at all (default: sample)",
+    )
+    parser.add_argument("--certify-documents", metavar="N", type=int, default=8, help="documents in that sample (default: 8)")
     parser.add_argument("--include", metavar="PATTERN", action="append", help="files to read in folders, such as '*.md' (may be repeated)")
     parser.add_argument("--strict", action="store_true", help="a document that cannot be compiled is an error")
     parser.add_argument("--dry-run", action="store_true", help="say what would be compiled, and write nothing")
@@ -56,37 +75,29 @@ def run(args: argparse.Namespace, out: Output) -> int:
     report = kvstore.build(
         args.path,
         options.store_path(args),
-        _source(args),
+        options.model_to_build(args),
         template=args.template,
         system=None if args.system is None else options.text_file(args.system),
         regime=args.regime,
         passage_tokens=args.passage_tokens,
         long=args.long,
         codec=args.codec,
+        policy=args.policy,
         lossless=args.lossless,
+        certify=args.certify,
+        certify_documents=args.certify_documents,
         include=args.include,
+        recalibrate=args.recalibrate,
         strict=args.strict,
         dry_run=args.dry_run,
         progress=lambda r, name: out.progress(_doing(r, name)),
+        **options.calibration_of(args),
     )
     out.result(to_json(report, args.dry_run), summary(report, args.dry_run))
     if report.interrupted:
         stored = "nothing was written" if args.dry_run else _stored(report)
         out.say(f"interrupted: {stored}; run the same command again to go on")
     return INTERRUPTED if report.interrupted else 0
-
-
-def _source(args: argparse.Namespace) -> ModelSource:
-    """--model, else the model of an existing store, else the bundled one."""
-    from kvstore.errors import NotFoundError
-    from kvstore.models import model_for
-    from kvstore.store import Store
-
-    try:
-        store = Store(options.store_path(args)) if args.model is None else None
-    except NotFoundError:
-        store = None
-    return model_for(store, args.model, dtype=args.dtype, device=args.device)
 
 
 def _doing(report: BuildReport, name: str) -> str:
@@ -110,8 +121,18 @@ def summary(report: BuildReport, dry_run: bool = False) -> str:
     lines.append(f"{count(report.segments, 'segment')} and {count(report.tokens, 'token')} {verb} in {report.seconds['total']:.1f} s{_parts(report)}")
     if report.tokens and report.nbytes:
         lines.append("bytes a token: " + ", ".join(f"{tier} {n / report.tokens:,.0f}" for tier, n in report.nbytes.items()))
+    if report.quality:
+        lines.append(_quality(report))
+    lines += [safe(note) for note in report.notes if note.startswith("no quality report")]  # the others were warned of
     where = f"{safe(report.store)}, snapshot {report.snapshot}" if not dry_run else "nothing was written"
     return "\n".join([*lines, f"{where}: {report.serves}"]) + "\n"
+
+
+def _quality(report: BuildReport) -> str:
+    """Measured means, and the upper bounds that `max_kl` goes by."""
+    some = next(iter(report.quality.values()))
+    bounds = (f"{tier} {q['kl']:.2g}" + ("" if q["upper"] is None else f" (up to {q['upper']:.2g})") for tier, q in report.quality.items())
+    return f"KL, nats a token, over {count(some['documents'], 'document')}: {', '.join(bounds)}"
 
 
 def _parts(report: BuildReport) -> str:

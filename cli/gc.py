@@ -50,4 +50,8 @@ def text(report: GcReport) -> str:
         f"{count(report.leftovers_removed, 'leftover')} of crashed builds {would}removed",
         f"{human(report.bytes_freed)} {would}freed",
     ]
+    if report.calibrations_removed or report.calibrations_kept:
+        lines.insert(-2, f"{count(len(report.calibrations_removed), 'calibration')} {would}removed, {report.calibrations_kept} kept")
+    if report.reports_removed:
+        lines.insert(-2, f"quality reports of {count(len(report.reports_removed), 'encoding')} {would}removed")
     return "\n".join([*lines, *(f"damaged: {safe(d)}" for d in report.damaged)]) + "\n"

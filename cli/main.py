@@ -22,16 +22,19 @@ if TYPE_CHECKING:
 
 COMMANDS = {
     "build": "compile documents into a store",
+    "calibrate": "learn from documents what the transform codec needs",
     "load": "answer a question from stored documents, or write their KV to a file",
     "ls": "list the stored documents",
     "show": "what one document takes, layer by layer, and where it comes from",
     "stats": "what the whole store takes",
+    "plot": "pictures of it: quality against size, bytes by layer, kind and tier",
     "match": "the longest stored run for a text: why was there no hit?",
     "verify": "check every digest, and with --logits the values",
     "diff": "compare two snapshots",
     "snapshots": "list snapshots, name them with tags",
     "rm": "take documents out of the newest snapshot",
     "gc": "delete what no kept snapshot needs",
+    "eval": "answer your own questions at every tier, and say which to use",
     "doctor": "measure whether and how a model's cache can be stored",
     "demo": "build, inspect, load and answer, on the bundled model and corpus",
 }

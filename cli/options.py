@@ -12,6 +12,7 @@ from kvstore.errors import InputError, NotFoundError
 
 if TYPE_CHECKING:
     from kvstore.api import OpenStore
+    from kvstore.models import ModelSource
     from kvstore.store import Store
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -46,6 +47,37 @@ def add_quality(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-kl", metavar="NATS", type=float, help="the cheapest tier whose measured KL divergence is at most this")
     group.add_argument("--max-bytes", metavar="N", type=nbytes, help="the finest tier that reads at most so much, such as 300000 or 4M")
     group.add_argument("--deadline", metavar="SECONDS", type=float, help="the finest tier that decodes in this time")
+
+
+def add_calibration(parser: argparse.ArgumentParser) -> None:
+    """What the transform codec is to learn."""
+    parser.add_argument(
+        "--metric",
+        choices=("fisher", "attention", "identity"),
+        default="fisher",
+        help="how the cost of an error is learnt; only fisher needs backward passes (default: fisher)",
+    )
+    parser.add_argument("--tiers", metavar="N", type=int, choices=(1, 2, 3), default=3, help="nested tiers of quality, 1 to 3 (default: 3)")
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--target-kl", metavar="NATS", type=float, help="what the finest tier may lose, in nats a token (default: 0.0004)")
+    group.add_argument("--target-ratio", metavar="X", type=float, help="or how many times smaller than 16 bits it is to be")
+
+
+def calibration_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments of `calibrate` and `build`."""
+    return {"metric": args.metric, "tiers": args.tiers, "target_kl": args.target_kl, "target_ratio": args.target_ratio}
+
+
+def model_to_build(args: argparse.Namespace) -> ModelSource:
+    """--model, else the model of an existing store, else the bundled one."""
+    from kvstore.models import model_for
+    from kvstore.store import Store
+
+    try:
+        store = Store(store_path(args)) if args.model is None else None
+    except NotFoundError:
+        store = None
+    return model_for(store, args.model, dtype=args.dtype, device=args.device)
 
 
 def quality_of(args: argparse.Namespace) -> dict[str, Any]:

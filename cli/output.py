@@ -7,6 +7,10 @@ import sys
 import time
 import unicodedata
 
+from kvstore.wording import count, human, safe, safe_lines
+
+__all__ = ["Output", "count", "human", "safe", "safe_lines", "table", "width"]
+
 TYPE_CHECKING = False  # importing typing, json or logging costs milliseconds of every command, help included
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -14,38 +18,6 @@ if TYPE_CHECKING:
     from typing import Any
 
     from kvstore.errors import KvstoreError
-
-_HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # controls, bidi marks, lone surrogates, line separators: they could forge output
-
-
-def safe(text: str) -> str:
-    """`text` with everything escaped that could move the cursor, reorder or break a line."""
-    return text if text.isascii() and text.isprintable() else "".join(map(_shown, text))
-
-
-def safe_lines(text: str) -> str:
-    """The same, with its newlines."""
-    return "\n".join(map(safe, text.split("\n")))
-
-
-def _shown(char: str) -> str:
-    return char.encode("unicode_escape").decode() if unicodedata.category(char) in _HIDDEN else char
-
-
-def human(nbytes: float) -> str:
-    """Bytes for people: `812 B`, `1.4 KiB`, `23.0 MiB`."""
-    if nbytes < 1024:
-        return f"{nbytes:.0f} B"
-    for unit in ("KiB", "MiB", "GiB"):
-        nbytes /= 1024
-        if nbytes < 1024:
-            return f"{nbytes:.1f} {unit}"
-    return f"{nbytes / 1024:.1f} TiB"
-
-
-def count(number: int, noun: str) -> str:
-    """`1 document`, `2,048 documents`."""
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
 def width(text: str) -> int:

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 from kvstore.cli import options
 from kvstore.cli.ls import regime
 from kvstore.cli.output import Output, count, human, safe, table
+from kvstore.cli.stats import about_calibration
 
 if TYPE_CHECKING:
-    from kvstore.detail import Detail, LayerBytes
+    from kvstore.detail import Detail, LayerBytes, TierDetail
 
 USAGE = "SOURCE[#N] [options]"
 
@@ -47,6 +48,7 @@ def _document(found: Detail, snapshot: int) -> str:
         ("model", f"{model['name']} {model['dtype']}, {model['layers']} layers, {model['kv_heads']} KV heads of {model['head_dim']}; {model['key']}"),
         ("template", f"{found.template}; {row.template}"),
         ("encoding", row.encoding),
+        *(("calibration", about_calibration(c)) for c in found.calibrations),
         ("recipe", row.recipe),
         ("root", row.root or "-"),
     ]
@@ -63,11 +65,19 @@ def _tiers(found: Detail) -> str:
             f"{t.load_nbytes / found.tokens:,.0f}",
             f"{t.bits:.2f}",
             f"{found.raw_nbytes / t.load_nbytes:.2f}x",
-            "0 (exact)" if t.exact else "not measured" if t.kl is None else f"{t.kl:.2g}",
+            _kl(t),
         )
         for t in found.tiers
     ]
     return table(("a load at", "codec", "reads", "bytes/token", "bits/value", "smaller", "KL"), rows)
+
+
+def _kl(tier: TierDetail) -> str:
+    if tier.exact:
+        return "0 (exact)"
+    if tier.kl is None:
+        return "not measured"
+    return f"{tier.kl:.2g}" if tier.kl_from == "artifact" else f"up to {tier.kl:.2g}"
 
 
 def _layers(found: Detail) -> str:
@@ -112,4 +122,5 @@ def to_json(found: Detail, snapshot: int) -> dict[str, Any]:
         "layers": [asdict(g) for g in found.layers],
         "segments": [asdict(s) for s in found.segments],
         "provenance": found.provenance,
+        "calibrations": [asdict(c) for c in found.calibrations],
     }

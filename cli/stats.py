@@ -10,7 +10,7 @@ from kvstore.cli import options
 from kvstore.cli.output import Output, count, human, safe, table
 
 if TYPE_CHECKING:
-    from kvstore.inventory import EncodingTotal, Stats, TierTotal
+    from kvstore.inventory import CalibrationTotal, EncodingTotal, Stats, TierTotal
 
 USAGE = "[options]"
 
@@ -34,20 +34,27 @@ def text(found: Stats) -> str:
         f"{count(found.documents, 'document')}, {sizes}",
         *(f"model {safe(name)} {key[:12]}" for key, name in found.models),
         *(f"template {safe(kind)} {key[:12]}" for key, kind in found.templates),
+        *(f"calibration {about_calibration(c)}" for c in found.calibrations),
     ]
     names = dict(found.models)
     return "\n".join(["\n".join(lines) + "\n", *(_encoding(e, names.get(e.model, e.model[:12])) for e in found.encodings), _overhead(found)])
 
 
+def about_calibration(total: CalibrationTotal) -> str:
+    current = ", current" if total.current else ""
+    return f"{total.digest[:12]} of model {total.model[:12]}: {total.metric}, {count(total.tokens, 'token')}, {human(total.nbytes)}{current}"
+
+
 def _encoding(total: EncodingTotal, model: str) -> str:
     about = f"encoding {total.id[:12]} ({', '.join(total.codecs)}) of {safe(model)}"
-    header = ("tier", "bytes", "a token", "a load reads", "a token", "smaller")
+    header = ("tier", "bytes", "a token", "a load reads", "a token", "smaller", "KL", "up to")
     return f"{about}: {count(total.artifacts, 'artifact')}, {count(total.tokens, 'token')}\n" + table(header, [_row(t, total) for t in total.tiers])
 
 
 def _row(tier: TierTotal, total: EncodingTotal) -> tuple[str, ...]:
     own, read = tier.nbytes, tier.load_nbytes
-    return (tier.name, human(own), f"{own / total.tokens:,.0f}", human(read), f"{read / total.tokens:,.0f}", f"{tier.raw_ratio:.2f}x")
+    kl = ("0", "-") if tier.exact else tuple("-" if x is None else f"{x:.2g}" for x in (tier.kl, tier.upper))
+    return (tier.name, human(own), f"{own / total.tokens:,.0f}", human(read), f"{read / total.tokens:,.0f}", f"{tier.raw_ratio:.2f}x", *kl)
 
 
 def _overhead(found: Stats) -> str:

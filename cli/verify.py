@@ -46,7 +46,9 @@ def _logits(args: argparse.Namespace, out: Output) -> LogitsReport:
 
 
 def text(report: VerifyReport, logits: LogitsReport | None) -> str:
-    read = f"{count(report.packs, 'pack')}, {count(report.segments, 'segment')} ({human(report.bytes)}), {count(report.snapshots, 'snapshot')} read"
+    packs = f"{count(report.packs, 'pack')}, {count(report.segments, 'segment')} ({human(report.bytes)})"
+    calibrations = f"{count(report.calibrations, 'calibration')}, " if report.calibrations else ""
+    read = f"{packs}, {calibrations}{count(report.snapshots, 'snapshot')} read"
     lines = [f"{p.severity}: {safe(p.where)}: {safe(p.what)}" for p in report.problems]
     errors = sum(p.severity == "error" for p in report.problems)
     verdict = f"{read}: every digest matches" if report.ok else f"{read}: {count(errors, 'problem')}"

@@ -22,12 +22,15 @@ from kvstore.errors import (
 if TYPE_CHECKING:
     from kvstore.api import OpenStore, open
     from kvstore.builder import BuildReport, build
+    from kvstore.calibrator import CalibrationReport, calibrate
     from kvstore.compose import Prompt, collate
     from kvstore.documents import Document
+    from kvstore.families.masking import mask_dropped
 
 __version__ = "0.1.0"
 __all__ = [
     "BuildReport",
+    "CalibrationReport",
     "Document",
     "FormatError",
     "IncompatibleError",
@@ -40,7 +43,9 @@ __all__ = [
     "ResourceError",
     "StorageError",
     "build",
+    "calibrate",
     "collate",
+    "mask_dropped",
     "open",
 ]
 _HOMES = {
@@ -48,7 +53,10 @@ _HOMES = {
     "OpenStore": "api",
     "build": "builder",
     "BuildReport": "builder",
+    "calibrate": "calibrator",
+    "CalibrationReport": "calibrator",
     "Prompt": "compose",
+    "mask_dropped": "families.masking",
     "collate": "compose",
     "Document": "documents",
 }

@@ -50,6 +50,11 @@ def live_answer(store: OpenStore, prompt: Prompt, max_new_tokens: int = 64, stop
 
 def generate(model: Any, tokenizer: Any, inputs: dict[str, Any], max_new_tokens: int, stop: str = "") -> str:
     """Greedy; `inputs` as `model.generate` takes them, one row."""
+    return str(tokenizer.decode(generated_ids(model, tokenizer, inputs, max_new_tokens, stop), skip_special_tokens=True))
+
+
+def generated_ids(model: Any, tokenizer: Any, inputs: dict[str, Any], max_new_tokens: int, stop: str = "") -> list[int]:
+    """The same as token ids, special ones included."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
     def done(ids: torch.Tensor, scores: Any, **more: Any) -> torch.Tensor:
@@ -57,7 +62,7 @@ def generate(model: Any, tokenizer: Any, inputs: dict[str, Any], max_new_tokens:
 
     with torch.inference_mode():
         ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad, stopping_criteria=[done] if stop else None)
-    return str(tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+    return ids[0, inputs["input_ids"].shape[1] :].tolist()
 
 
 def first_token(store: OpenStore, documents: Sequence[Any], query: str, *, reuse: Reuse = "prefix", **quality: Any) -> FirstToken:
@@ -67,15 +72,15 @@ def first_token(store: OpenStore, documents: Sequence[Any], query: str, *, reuse
     def stored() -> Prompt:
         prompt = store.compose(documents, query, reuse=reuse, **quality)
         inputs = prompt.inputs
-        _logits(model, inputs["input_ids"][:, prompt.receipt.cached_tokens :], inputs["past_key_values"])
+        last_logits(model, inputs["input_ids"][:, prompt.receipt.cached_tokens :], inputs["past_key_values"])
         return prompt
 
     prompt = stored()
-    first, second, runs = by_turns(stored, lambda: _logits(model, prompt.input_ids, None))
+    first, second, runs = by_turns(stored, lambda: last_logits(model, prompt.input_ids, None))
     return FirstToken(prompt.receipt.prompt_tokens, prompt.receipt.cached_tokens, first * 1e3, second * 1e3, runs)
 
 
-def _logits(model: Any, ids: torch.Tensor, cache: Any) -> torch.Tensor:
+def last_logits(model: Any, ids: torch.Tensor, cache: Any) -> torch.Tensor:
     """The last token's logits, on the host."""
     with torch.inference_mode():
         found: torch.Tensor = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits

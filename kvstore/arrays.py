@@ -4,28 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import msgspec
-
 from kvstore.manifest import Encoding, Layout, PackManifest, Tier
 from kvstore.pack import NO_TOKEN, row_dtype
+from kvstore.zarr_json import LITTLE, array_metadata
 
 NAN_BITS = {"bfloat16": 0x7FC0, "float16": 0x7E00, "float32": 0x7FC00000}
 UINT = {"bfloat16": "uint16", "float16": "uint16", "float32": "uint32"}
-_LITTLE = {"name": "bytes", "configuration": {"endian": "little"}}
 
 
 def stored_type(tier: Tier, dtype: str) -> tuple[str, int | str]:
     """Zarr data type and fill value of a tier's values: float32, or the bit patterns of `dtype` where the tier is exact; the fill is a NaN."""
     return (UINT[dtype], NAN_BITS[dtype]) if tier.exact else ("float32", "NaN")
-
-
-def array_metadata(data_type: str, shape: list[int], chunk: list[int], fill: int | str, names: list[str], codecs: list[dict[str, Any]]) -> bytes:
-    """zarr.json of one array in a single chunk (shard) with a flat chunk key."""
-    document = {"zarr_format": 3, "node_type": "array", "shape": shape, "data_type": data_type,
-                "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk}},
-                "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
-                "fill_value": fill, "codecs": codecs, "attributes": {}, "dimension_names": names}  # fmt: skip
-    return msgspec.json.format(msgspec.json.encode(document, order="deterministic"), indent=1)
 
 
 def tier_metadata(tier: Tier, layout: Layout, encoding: Encoding, slots: int) -> bytes:
@@ -37,7 +26,7 @@ def tier_metadata(tier: Tier, layout: Layout, encoding: Encoding, slots: int) ->
     unit = {"codec": spec.name, "version": spec.version, "params": spec.params, "calibration": spec.calibration, "level": tier.level,
             "dtype": dtype}  # fmt: skip
     sharding = {"chunk_shape": inner, "codecs": [{"name": "kvstore.unit", "configuration": unit}, {"name": "crc32c"}],
-                "index_codecs": [_LITTLE, {"name": "crc32c"}], "index_location": "end"}  # fmt: skip
+                "index_codecs": [LITTLE, {"name": "crc32c"}], "index_location": "end"}  # fmt: skip
     codecs = [{"name": "sharding_indexed", "configuration": sharding}]
     data_type, fill = stored_type(tier, dtype)
     return array_metadata(data_type, shape, whole, fill, ["layer", "kv", "token", "channel"], codecs)
@@ -45,7 +34,7 @@ def tier_metadata(tier: Tier, layout: Layout, encoding: Encoding, slots: int) ->
 
 def tokens_metadata(slots: int) -> bytes:
     """The token ids of all segments, padded to whole blocks."""
-    codecs: list[dict[str, Any]] = [_LITTLE, {"name": "gzip", "configuration": {"level": 9}}]
+    codecs: list[dict[str, Any]] = [LITTLE, {"name": "gzip", "configuration": {"level": 9}}]
     return array_metadata("uint32", [slots], [slots], NO_TOKEN, ["token"], codecs)
 
 
@@ -57,7 +46,7 @@ def rows_metadata(segments: int, encoding: Encoding) -> bytes:
 
 def probe_metadata(shape: list[int]) -> bytes:
     """What a model's probe looks like: [layer, kv, token, projection]."""
-    return array_metadata("float32", shape, shape, "NaN", ["layer", "kv", "token", "projection"], [_LITTLE])
+    return array_metadata("float32", shape, shape, "NaN", ["layer", "kv", "token", "projection"], [LITTLE])
 
 
 def pack_metadata(manifest: PackManifest) -> dict[str, bytes]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -11,21 +10,32 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kvstore import __version__
+import msgspec
+
 from kvstore import documents as reading
+from kvstore.calibration.learn import Choices
+from kvstore.calibration.record import Calibration, Metric
+from kvstore.calibrator import Calibrating, Corpus, current_for, unlearned
+from kvstore.certify import DOCUMENTS, Certifier, CertifyRule
+from kvstore.codecs import CALIBRATED
 from kvstore.documents import Document, Skipped
 from kvstore.encode import Encoder, bits_of, make_encoding
 from kvstore.errors import InputError
-from kvstore.manifest import Encoding, Row, TemplateRecord
+from kvstore.manifest import Encoding, Row
 from kvstore.models import ModelSource
 from kvstore.pack_writer import PackWriter
+from kvstore.parts import policy_params
 from kvstore.passages import LongRule
-from kvstore.plan import Planned, Planner, RegimeChoice, Rules, Task, gone
+from kvstore.plan import Planned, Planner, RegimeChoice, Rules, Task, gone, superseded, template_in
+from kvstore.policies import Policy
+from kvstore.policies import parse as parse_policy
 from kvstore.prefill import Prefiller
+from kvstore.provenance import provenance
 from kvstore.snapshot import Change
 from kvstore.store import Store, add_template, create
-from kvstore.template import Renderer, make_template, template_source
+from kvstore.template import Renderer
 from kvstore.tokens import TextEncoder
+from kvstore.viewing import Assign, Assigner, nobody
 
 
 @dataclass(frozen=True)
@@ -39,7 +49,10 @@ class Limits:
 
 @dataclass
 class BuildReport:
-    """What a build did. Seconds are wall clock; `nbytes` is what the new artifacts' units take, by tier."""
+    """What a build did. Seconds are wall clock; `nbytes` is what the new artifacts' units take, by tier. `calibration`: digest of the one used.
+
+    `quality`: by lossy tier the figures of this build's quality report. `poor_fit`: sampled documents that lose far more than is usual.
+    """
 
     store: str
     snapshot: int = 0
@@ -52,7 +65,13 @@ class BuildReport:
     nbytes: dict[str, int] = field(default_factory=dict)
     skipped: list[Skipped] = field(default_factory=list)
     packs: list[str] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=lambda: {"prefill": 0.0, "encode": 0.0, "write": 0.0, "total": 0.0})
+    seconds: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys(("calibrate", "prefill", "policy", "encode", "write", "certify", "total"), 0.0)
+    )
+    calibration: str = ""
+    quality: dict[str, dict[str, Any]] = field(default_factory=dict)
+    poor_fit: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     serves: str = ""
     interrupted: bool = False
 
@@ -71,7 +90,8 @@ def build(
     regime: RegimeChoice = "prefix",
     passage_tokens: int | None = None,
     long: LongRule = "split",
-    codec: str = "scalar",
+    codec: str = "transform",
+    policy: str = "uniform",
     lossless: bool = False,
     dtype: str | None = None,
     device: str | None = None,
@@ -79,25 +99,41 @@ def build(
     strict: bool = False,
     dry_run: bool = False,
     reserve: int | None = None,
+    certify: CertifyRule = "sample",
+    certify_documents: int = DOCUMENTS,
+    recalibrate: bool = False,
+    metric: Metric = "fisher",
+    tiers: int = 3,
+    target_kl: float | None = None,
+    target_ratio: float | None = None,
     progress: Progress | None = None,
     limits: Limits = Limits(),
 ) -> BuildReport:
     """Compile `documents` into `store` and commit a snapshot; what is stored already is not computed again.
 
     `documents`: paths of folders and files, or any iterable of Document, dict, str or retriever objects. `model`: a path, a hub id or a loaded
-    model with its `tokenizer`; None is the bundled model. `progress` is called with the report so far and the source at hand.
+    model with its `tokenizer`; None is the bundled model. `certify`: what each lossy tier loses is measured on a sample of `certify_documents` new
+    documents, on `all`, or on `none`; documents that the codec was calibrated on are left out. `progress` is called with the report so far and
+    the source at hand. The codec `transform` learns from the documents where the store has no calibration for the model, or anew with
+    `recalibrate`: by `metric`, in `tiers`, so that the finest tier loses `target_kl` nats a token (4e-4 by default) or is `target_ratio` times
+    smaller than 16 bits.
+    `policy`: which tokens get finer or coarser steps, or are dropped, such as `h2o` or `kvzip:budget=30,rest=drop` (kvstore.policies).
     Raises InputError for what cannot be read, IncompatibleError for a model whose cache kvstore cannot explain or whose identity clashes.
     """
     started = time.perf_counter()
     source = model if isinstance(model, ModelSource) else ModelSource(model, tokenizer, dtype=dtype, device=device)
-    found = reading.read(documents, include=include, strict=strict)
+    wanted = Choices(metric, tiers=tiers, target_kl=target_kl, target_ratio=target_ratio)
+    wanted.check()
+    corpus = Corpus(documents, include, strict)
     with ExitStack() as scratch:
         job = _Job(_opened(store, dry_run, scratch), source, progress, limits, dry_run)
         job.report.store, job.roots = str(store), reading.roots_of(documents)
         room = source.context_tokens
         rules = Rules(regime, passage_tokens, long, room, reserve if reserve is not None else min(512, room // 4))
-        job.prepare(template, system, codec, lossless, rules)
-        job.run(found, strict)
+        job.policy = parse_policy(policy)
+        job.prepare(template, system, codec, lossless, rules, lambda renderer: job.calibrated(renderer, corpus, wanted, recalibrate))
+        job.certifier = Certifier(source.identity, job.planner.layout, job.encoding, "none" if dry_run else certify, certify_documents)
+        job.run(corpus, strict)
     job.report.seconds["total"] = time.perf_counter() - started
     return job.report
 
@@ -119,25 +155,46 @@ class _Job:
         self.progress = progress or (lambda report, name: None)
         self.waiting: list[Row] = []
         self.roots: set[str] = set()
+        self.certifier: Certifier
+        self.policy: Policy = parse_policy("uniform")
+        self._assign: Assign = nobody
         self._prefiller: Prefiller | None = None
 
-    def prepare(self, template: str, system: str | None, codec: str, lossless: bool, rules: Rules) -> None:
-        """Everything that must hold before the first document: template, layout, encoding."""
+    def prepare(
+        self, template: str, system: str | None, codec: str, lossless: bool, rules: Rules, calibrated: Callable[[Renderer], Calibration | None]
+    ) -> None:
+        """Everything that must hold before the first document: template, layout, calibration, encoding."""
         encoder = TextEncoder(self.source.tokenizer)
-        record = self._template(template, system, encoder)
-        layout = self.source.layout_in(self.store)
-        self.encoding: Encoding = make_encoding(codec, layout, lossless=lossless)
-        self.planner = Planner(self.store, self.source.identity, layout, self.encoding, Renderer(record, encoder), rules)
-        self.encoder = Encoder(self.encoding, layout)
+        record = template_in(self.store, template, self.source.tokenizer, system, encoder)
+        renderer, layout = Renderer(record, encoder), self.source.layout_in(self.store)
+        self.encoding: Encoding = make_encoding(
+            codec,
+            layout,
+            lossless=lossless,
+            params=policy_params(self.policy, codec),
+            calibration=calibrated(renderer) if codec in CALIBRATED else None,
+        )
+        self.planner = Planner(self.store, self.source.identity, layout, self.encoding, renderer, rules)
+        if not self.dry_run:
+            self.encoder = Encoder(self.encoding, layout)
         self.writer = self._new_writer()
         if not self.dry_run:
             add_template(self.store.storage, record)
 
-    def _template(self, kind: str, system: str | None, encoder: TextEncoder) -> TemplateRecord:
-        """The record that an earlier build froze from the same template and tokenizer (one that prints the date stays as it was), or a new one."""
-        tokenizer, source = self.source.tokenizer, template_source(kind, self.source.tokenizer, system)
-        frozen = [t for t in self.store.templates() if (t.source, t.tokenizer) == (source, encoder.digest)]
-        return frozen[0] if frozen else make_template(kind, tokenizer, system, encoder=encoder)
+    def calibrated(self, renderer: Renderer, corpus: Corpus, wanted: Choices, recalibrate: bool) -> Calibration:
+        """The calibration to encode with: the current one, or one learnt now. A dry run learns none."""
+        store, source = self.store, self.source
+        found = None if recalibrate else current_for(store, source, wanted, publish=not self.dry_run)
+        if found is None and self.dry_run:
+            return unlearned(source.layout_in(store), wanted)
+        if found is None:
+            with self._timed("calibrate"):
+                found = store.calibration(Calibrating(store, source, renderer, wanted, self._calibrating).run(corpus.again()).current)
+        self.report.calibration = found.digest
+        return found
+
+    def _calibrating(self, stage: str, share: float) -> None:
+        self.progress(self.report, f"calibrating: {stage} {share:.0%}")
 
     def _new_writer(self) -> PackWriter:
         planner = self.planner
@@ -165,6 +222,7 @@ class _Job:
     def _take(self, planned: Planned) -> None:
         for task in planned.tasks:
             self._compile(task)
+        self.certifier.offer(planned)
         if planned.changed:
             self.waiting.append(planned.row)
         self.report.documents += 1  # counted when done: an interrupt may come before
@@ -181,8 +239,10 @@ class _Job:
             return
         with self._timed("prefill"):
             values = self._running().run(task.ids, task.chain)
+        with self._timed("policy"):
+            assigned = self._assign(task.ids, task.chain)
         with self._timed("encode"):
-            units = self.encoder.encode(bits_of(values))
+            units = self.encoder.encode(bits_of(values), assigned)
         with self._timed("write"):
             self.writer.add(task.key, task.context, task.ids, units)
         for tier in self.encoding.tiers:
@@ -194,6 +254,8 @@ class _Job:
         if self._prefiller is None:
             self.source.register(self.store, provenance())
             self._prefiller = Prefiller(self.source.model, self.planner.layout)
+            if self.policy.name != "uniform":
+                self._assign = Assigner(self.policy, self._prefiller, self.planner.renderer.encoder, self.source.context_tokens)
         return self._prefiller
 
     def _full(self) -> bool:
@@ -219,12 +281,30 @@ class _Job:
             mine = (planner.model.key, planner.renderer.record.id, self.encoding.id)
             unreadable = {s.source for s in planner.skipped if s.reason != "empty"}  # may be back tomorrow
             removed = gone(self.store, mine, self.roots, seen | unreadable)
+            removed += superseded(self.store, mine, self.encoding, self.roots, seen, unreadable)
         if self.report.documents == 0 and not self.report.interrupted:
             raise InputError("no document to compile", remedy="name a folder or file with text, Markdown, JSONL or Parquet; `kvstore rm` removes")
         self.report.removed = len(removed)
         self._flush("build", removed)
         self.store.refresh()
+        self._certify()
         self.report.serves = serves(planner)
+
+    def _certify(self) -> None:
+        """Measure what is stored by now; an interrupt costs the quality report alone."""
+        report = self.report
+        if self._prefiller is None or report.interrupted:
+            return
+        self.progress(report, "measuring quality")
+        try:
+            with self._timed("certify"):
+                found = self.certifier.finish(self.store, self._prefiller, provenance(), self.encoder.pool, self._assign)
+        except KeyboardInterrupt:
+            report.interrupted = True
+            report.notes.append("no quality report: interrupted")
+            return
+        report.poor_fit, report.notes = found.poor_fit, report.notes + found.notes
+        report.quality = {t.tier: msgspec.structs.asdict(t) for t in found.report.tiers} if found.report is not None else {}
 
     def _timed(self, part: str) -> _Timer:
         return _Timer(self.report.seconds, part)
@@ -249,17 +329,3 @@ def serves(planner: Planner) -> str:
     if planner.rules.regime == "isolated":
         return "serves several documents in any order approximately (reuse='blocks'); build with --regime both for exact single documents"
     return "serves one document after the system prompt, exactly; several in any order: build with --regime both"
-
-
-def provenance() -> dict[str, str]:
-    """What made an artifact: never part of its identity."""
-    import torch
-    import transformers
-
-    return {
-        "kvstore": __version__,
-        "torch": str(torch.__version__),
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "machine": f"{platform.system()} {platform.machine()}",
-    }

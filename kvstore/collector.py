@@ -12,9 +12,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from kvstore.calibration.shelf import CALIBRATIONS
+from kvstore.calibration_gc import Shelves
 from kvstore.errors import FormatError, InputError, IntegrityError, NotFoundError
 from kvstore.pack import PACKS, Pack
 from kvstore.pack_writer import PackWriter, copy_segment
+from kvstore.quality_upkeep import unneeded_reports
 from kvstore.reach import Reach, pack_keys
 from kvstore.snapshot import SnapshotLog, file_name
 from kvstore.storage.local import LocalStorage
@@ -49,6 +52,9 @@ class GcReport:
     packs_removed: list[str] = field(default_factory=list)
     packs_rewritten: dict[str, str] = field(default_factory=dict)
     packs_kept: int = 0
+    calibrations_removed: list[str] = field(default_factory=list)
+    calibrations_kept: int = 0
+    reports_removed: list[str] = field(default_factory=list)
     artifacts_dropped: int = 0
     artifacts_kept: int = 0
     snapshots_removed: list[int] = field(default_factory=list)
@@ -64,6 +70,7 @@ class Collector:
     def __init__(self, storage: LocalStorage, rules: GcRules):
         self.storage, self.rules, self.report = storage, rules, GcReport(rules.dry_run)
         self.reach = Reach(storage, rules.keep_snapshots)
+        self.shelves = Shelves(storage)
         self.opened: dict[str, Pack] = {}
         self.home: dict[tuple[str, bytes], tuple[str, int]] = {}  # (encoding, key) -> the pack and row that keep it
         self.unreadable: list[str] = []
@@ -155,10 +162,11 @@ class Collector:
         bad = np.zeros(len(pack.rows), np.bool_)
         if not self.rules.drop_damaged:
             return bad, False
-        problems = [p for _, p in file_problems(pack)]
+        lost = self.shelves.damage_for(pack.encoding)
+        problems = [p for _, p in file_problems(pack)] + lost
         for row in range(len(bad)):
             found = segment_problems(pack, pack.segment(row))
-            bad[row] = bool(found)
+            bad[row] = bool(found or lost)
             problems += found
         self.report.damaged += [f"{pack.name}: {p}" for p in dict.fromkeys(problems)]
         return bad, bool(problems)
@@ -238,6 +246,38 @@ class Collector:
                 self.report.packs_removed.append(name)
                 if not self.rules.dry_run:
                     self.storage.retire(f"{PACKS}/{name}")
+
+    def calibrations(self) -> None:
+        """After the packs: what none of them names any more. Where one cannot be read, all stay; and where there is no snapshot, as packs do."""
+        if not self.reach.kept:
+            return
+        with self._deleting():
+            try:
+                free, self.report.calibrations_kept = self.shelves.unused(
+                    self.rules.grace_seconds,
+                    gone=self.report.packs_removed if self.rules.dry_run else (),
+                    drop_damaged=self.rules.drop_damaged,
+                )
+            except (IntegrityError, FormatError) as error:
+                self.report.damaged.append(f"calibrations stay: {error}")
+                self.report.calibrations_kept = len(self.storage.names(CALIBRATIONS))
+                return
+            for digest in free:
+                self._shelve(digest)
+
+    def _shelve(self, digest: str) -> None:
+        name = f"{CALIBRATIONS}/{digest}"
+        self.report.calibrations_removed.append(digest)
+        self.report.bytes_freed += self.storage.total(name) if self.rules.dry_run else self.storage.retire(name)
+
+    def quality_reports(self) -> None:
+        """After the packs: those of encodings (ids) that none of them has any more."""
+        if not self.reach.kept:
+            return
+        with self._deleting():
+            for folder in unneeded_reports(self.storage, self.report.packs_removed if self.rules.dry_run else ()):
+                self.report.reports_removed.append(folder.rsplit("/", 1)[1])
+                self.report.bytes_freed += self.storage.total(folder) if self.rules.dry_run else self.storage.retire(folder)
 
     def leftovers(self) -> None:
         """What crashed writers left."""

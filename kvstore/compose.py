@@ -12,6 +12,7 @@ import torch
 from kvstore.decode import KV, Decoder, Piece, allocate
 from kvstore.errors import IncompatibleError, InputError, NotFoundError
 from kvstore.families.assemble import dynamic_cache, share, static_cache
+from kvstore.families.masking import require_masking
 from kvstore.families.rope import rotate
 from kvstore.identity import Context, segment_key
 from kvstore.lookup import Block, View
@@ -19,7 +20,7 @@ from kvstore.models import ModelSource
 from kvstore.prefill import Prefiller
 from kvstore.quality import Quality
 from kvstore.receipt import DocumentReceipt, Receipt
-from kvstore.store import Stored
+from kvstore.store import Store, Stored, tier_chain
 
 if TYPE_CHECKING:
     from transformers import Cache
@@ -29,16 +30,24 @@ Reuse = Literal["prefix", "blocks"]
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt whose beginning is in a cache. `inputs` is fresh at each access: generating twice gives the same."""
+    """A prompt whose beginning is in a cache. `inputs` is fresh at each access: generating twice gives the same.
+
+    `masked`: tokens may be missing from the cache (their keys are NaN); only attention that masks them may have it.
+    """
 
     input_ids: torch.Tensor
     receipt: Receipt
     layers: tuple[KV, ...]
     config: Any
+    masked: bool = False
 
     @property
     def cache(self) -> Cache:
-        """A DynamicCache of the cached tokens, over shared tensors that generation never changes."""
+        """A DynamicCache of the cached tokens, over shared tensors that generation never changes.
+
+        Raises IncompatibleError where tokens were dropped and the model does not mask them (any more).
+        """
+        self._require_masking()
         return share(dynamic_cache(self.config, self.layers))
 
     @property
@@ -50,8 +59,13 @@ class Prompt:
         """
         return _inputs(self.input_ids.clone(), torch.ones_like(self.input_ids), self.cache)
 
+    def _require_masking(self) -> None:
+        if self.masked:
+            require_masking(self.config, "the cache")
+
     def static(self, max_new_tokens: int) -> dict[str, Any]:
         """The same with a preallocated StaticCache, which does not copy the prefix at each step."""
+        self._require_masking()
         cache = static_cache(self.config, self.layers, self.input_ids.shape[1] + max_new_tokens)
         return {**self.inputs, "past_key_values": cache}
 
@@ -161,10 +175,11 @@ class Composer:
         ids = [i for p in placed for i in p.block.ids] + list(tail)
         device = self.source.model.device
         layers = allocate(self.view.layout, sum(len(p.block.ids) for p in cached), device)
-        tiers = quality.choose([p.stored for p in cached if p.stored is not None])
+        tiers = quality.choose(_stored(placed), self.view.store.quality, _stored(placed[1:]))
+        masked = self._masked([p for p in cached if p.stored is not None and p.stored.drops(tiers[p.stored.pack.manifest.encoding_id])])
         for p in cached:
-            self._fill(p, tiers, layers)
-        receipts = tuple(_priced(p, tiers) for p in placed)
+            self._fill(p, tiers, layers, masked)
+        receipts = tuple(_priced(p, tiers, self.view.store) for p in placed)
         receipt = Receipt(
             self.view.snapshot,
             self.view.model.key,
@@ -177,15 +192,21 @@ class Composer:
             sum(r.nbytes for r in receipts),
             (time.perf_counter() - started) * 1e3,
         )
-        return Prompt(torch.tensor([ids], device=device), receipt, tuple(layers), self.source.model.config)
+        return Prompt(torch.tensor([ids], device=device), receipt, tuple(layers), self.source.model.config, masked)
 
-    def _fill(self, p: Placed, tiers: dict[str, str], layers: Sequence[KV]) -> None:
+    def _masked(self, dropping: Sequence[Placed]) -> bool:
+        """Whether tokens may be missing; then the model's attention must mask them."""
+        if dropping:
+            self.source.require_masking(dropping[-1].block.label)
+        return bool(dropping)
+
+    def _fill(self, p: Placed, tiers: dict[str, str], layers: Sequence[KV], masked: bool) -> None:
         if p.stored is not None:
             tier, stored = tiers[p.stored.pack.manifest.encoding_id], p.stored
             try:
-                self.decoder.decode(Piece(stored, tier, len(p.block.ids), p.at, p.at), layers)
+                self.decoder.decode(Piece(stored, tier, len(p.block.ids), p.at, p.at), layers, masked=masked)
             except NotFoundError:  # gc moved it to another pack meanwhile
-                self.decoder.decode(Piece(self.view.moved(stored), tier, len(p.block.ids), p.at, p.at), layers)
+                self.decoder.decode(Piece(self.view.moved(stored), tier, len(p.block.ids), p.at, p.at), layers, masked=masked)
             return
         positions = torch.arange(p.at, p.at + len(p.block.ids))
         for index, ((keys, values), (into_k, into_v)) in enumerate(zip(p.live or (), layers, strict=True)):
@@ -195,17 +216,19 @@ class Composer:
             into_v[0, :, slot] = values
 
 
-def _priced(p: Placed, tiers: dict[str, str]) -> DocumentReceipt:
-    """The receipt with the tier that was chosen and the bytes that it read."""
+def _stored(placed: Sequence[Placed]) -> list[Stored]:
+    return [p.stored for p in placed if p.stored is not None]
+
+
+def _priced(p: Placed, tiers: dict[str, str], store: Store) -> DocumentReceipt:
+    """The receipt with the tier that was chosen, what is known of its quality, and the bytes that it read."""
     if p.stored is None:
         return p.receipt
     name = tiers[p.stored.pack.manifest.encoding_id]
-    tier = p.stored.encoding.tier(name)
-    exact = tier is not None and tier.exact
-    r = p.receipt
-    return DocumentReceipt(
-        r.source, r.tokens, r.action, r.why, r.context, "lossless" if exact else name, 0.0 if exact else None, p.stored.nbytes(name)
-    )
+    (*_, tier) = tier_chain(p.stored.encoding, name)
+    known, r = store.known(p.stored, tier), p.receipt
+    fidelity = "lossless" if tier.exact else name
+    return DocumentReceipt(r.source, r.tokens, r.action, r.why, r.context, fidelity, known.kl, p.stored.nbytes(name), known.source)
 
 
 def _inputs(ids: torch.Tensor, mask: torch.Tensor, cache: Cache) -> dict[str, Any]:
@@ -227,6 +250,8 @@ def collate(prompts: Iterable[Prompt], pad_token_id: int | None = 0) -> dict[str
     cached = max(p.receipt.cached_tokens for p in given)
     rest = max(p.input_ids.shape[1] - p.receipt.cached_tokens for p in given)
     rows = [_padded_row(p, cached, rest, pad_token_id or 0) for p in given]
+    for p in given:
+        p._require_masking()
     keys, values = ([torch.cat([_left(p.layers[i][j], cached) for p in given]) for i in range(len(given[0].layers))] for j in (0, 1))
     cache = dynamic_cache(given[0].config, list(zip(keys, values, strict=True)))
     return _inputs(torch.stack([ids for ids, _ in rows]), torch.stack([mask for _, mask in rows]), cache)

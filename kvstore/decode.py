@@ -17,12 +17,12 @@ import numpy.typing as npt
 import torch
 
 from kvstore.arrays import stored_type
-from kvstore.codecs import get_codec
+from kvstore.codecs import codec_of
 from kvstore.devices import free_memory, known_device
-from kvstore.errors import KvstoreError, ResourceError
+from kvstore.errors import IncompatibleError, KvstoreError, ResourceError
 from kvstore.families.rope import Angles, cos_sin, rotate
 from kvstore.manifest import Layout, RopeRecord, Tier
-from kvstore.store import Stored, tier_chain
+from kvstore.store import Stored, policy_of, tier_chain
 
 TORCH = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 KV = tuple[torch.Tensor, torch.Tensor]
@@ -71,9 +71,17 @@ class Decoder:
             self._owned = (os.getpid(), ThreadPoolExecutor(self.workers, thread_name_prefix="kvstore-decode"))
         return self._owned[1]
 
-    def decode(self, piece: Piece, cache: Sequence[KV]) -> None:
-        """Fill `cache` rows `at : at + count` of every layer. Raises IntegrityError where stored bytes are damaged."""
+    def decode(self, piece: Piece, cache: Sequence[KV], *, masked: bool = False) -> None:
+        """Fill `cache` rows `at : at + count` of every layer. Keys of dropped tokens become NaN, which only attention that masks them
+        understands: the caller says with `masked` that it is such, else IncompatibleError. Raises IntegrityError where stored bytes are damaged.
+        """
         stored, tiers = piece.stored, tier_chain(piece.stored.encoding, piece.tier)
+        if not masked and stored.drops(piece.tier):
+            raise IncompatibleError(
+                f"tier {piece.tier!r} lacks dropped tokens ({policy_of(stored.encoding, piece.tier)}), which only attention that masks them can read",
+                remedy="compose or load it with a model, or take a tier without dropped tokens",
+                code="unmasked",
+            )
         job = _Job(piece, tiers, cache, self._scratch, self._turns)
         work = [partial(stored.pack.check_once, stored.segment, t.array) for t in tiers]
         work += [partial(job.unit, g, b) for g in range(stored.pack.groups) for b in job.blocks]
@@ -92,7 +100,7 @@ class Decoder:
             with suppress(KvstoreError, RuntimeError):
                 for tier in stored.encoding.tiers:
                     count = min(stored.segment.tokens, 2 * _ALONE)
-                    self.decode(Piece(stored, tier.name, count, 0, 0), allocate(stored.pack.layout, count))
+                    self.decode(Piece(stored, tier.name, count, 0, 0), allocate(stored.pack.layout, count), masked=True)
 
         thread = threading.Thread(target=work, name="kvstore-warm-up")
         thread.start()
@@ -143,7 +151,7 @@ class _Job:
         self.layout, self.block = self.pack.layout, piece.stored.encoding.block_tokens
         self.units = [self.pack.units(piece.stored.segment, t.array) for t in tiers]
         spec = piece.stored.encoding.codec(tiers[-1].codec)
-        self.codec = get_codec(spec.name, spec.version, spec.params)
+        self.codec = codec_of(spec, piece.stored.encoding, self.layout)
         self.dtype, self.device = TORCH[self.layout.dtype], cache[0][0].device
         self.decoded = np.dtype(stored_type(tiers[-1], self.layout.dtype)[0])
         self.blocks = range(piece.first // self.block, -(-(piece.first + piece.count) // self.block))

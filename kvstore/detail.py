@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from kvstore.inventory import raw_token_nbytes, regimes_of
+from kvstore.certificates import Source
+from kvstore.inventory import CalibrationTotal, calibrations_in, raw_token_nbytes, regimes_of
 from kvstore.manifest import Row
 from kvstore.store import Artifact, Store, Stored, tier_chain
 
@@ -24,7 +25,10 @@ class LayerBytes:
 
 @dataclass(frozen=True)
 class TierDetail:
-    """`nbytes` is the tier's own; `load_nbytes` and `bits` (a value) what a load at it reads, lower tiers included."""
+    """`nbytes` is the tier's own; `load_nbytes` and `bits` (a value) what a load at it reads, lower tiers included.
+
+    `kl` is nats a token where known; `kl_from` as in receipts.
+    """
 
     name: str
     codec: str
@@ -34,6 +38,7 @@ class TierDetail:
     load_nbytes: int
     bits: float
     kl: float | None
+    kl_from: Source | None
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,7 @@ class Detail:
     model: dict[str, Any]
     template: str
     provenance: dict[str, str]
+    calibrations: list[CalibrationTotal]
 
 
 def show(store: Store, source: str, *, model: str | None = None, template: str | None = None, encoding: str | None = None) -> Detail:
@@ -90,18 +96,17 @@ def show(store: Store, source: str, *, model: str | None = None, template: str |
         about,
         store.template(artifact.row.template).kind,
         dict(artifact.stored[0].pack.manifest.provenance),
+        calibrations_in(store, artifact.encoding),
     )
 
 
 def _tiers(artifact: Artifact) -> list[TierDetail]:
     encoding, values = artifact.encoding, artifact.tokens * artifact.layout.values_per_token
     own = {t.name: sum(s.segment.nbytes([t.array]) for s in artifact.stored) for t in encoding.tiers}
-    found = []
+    found, known = [], artifact.known
     for tier in encoding.tiers:
         load = sum(own[t.name] for t in tier_chain(encoding, tier.name))
-        found.append(
-            TierDetail(tier.name, tier.codec, tier.requires, tier.exact, own[tier.name], load, 8 * load / values, artifact.quality[tier.name])
-        )
+        found.append(TierDetail(tier.name, tier.codec, tier.requires, tier.exact, own[tier.name], load, 8 * load / values, *known[tier.name]))
     return found
 
 

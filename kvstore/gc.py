@@ -17,15 +17,18 @@ def collect(store: Store, *, keep_snapshots: int = 8, grace_seconds: float = 360
             dry_run: bool = False) -> GcReport:  # fmt: skip
     """Remove what neither the newest `keep_snapshots` nor any tag reaches.
 
-    Packs and leftovers younger than `grace_seconds` stay: a builder may be about to commit them. A pack of which at least `rewrite_share`
-    (of its bytes) is dead is rewritten without it. A pack with damage is left alone and reported; with `drop_damaged`, what is intact is
-    copied out of it and the rest goes, so that the next build compiles that again.
+    Packs, calibrations and leftovers younger than `grace_seconds` stay: a builder may be about to commit them. A pack of which at least
+    `rewrite_share` (of its bytes) is dead is rewritten without it. A pack with damage is left alone and reported; with `drop_damaged`, what is
+    intact is copied out of it and the rest goes, so that the next build compiles that again. Calibrations go that no pack is left of and that
+    no model's newest link names; with `drop_damaged` damaged ones go, too, and all that is coded with them.
     Raises InputError for values out of range, IntegrityError where a kept snapshot cannot be read: then nothing is removed.
     """
     rules = GcRules(keep_snapshots, grace_seconds, rewrite_share, drop_damaged, dry_run)
     run = Collector(store.storage, rules)
     run.snapshots()
     run.packs()
+    run.calibrations()
+    run.quality_reports()
     run.leftovers()
     store.refresh()
     return run.report

@@ -245,6 +245,10 @@ class Index:
     def packs(self) -> list[str]:
         return [name for (name,) in self._query("select name from packs order by name")]
 
+    def one_of_each(self) -> list[str]:
+        """A pack of every encoding: all of them say the same about it."""
+        return [name for (name,) in self._query("select min(name) from packs group by encoding")]
+
     def totals(self) -> tuple[int, int, int]:
         """Artifacts, tokens and bytes of their units."""
         ((count, tokens, nbytes),) = self._query("select count(*), total(tokens), total(nbytes) from segments")

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from kvstore.errors import NotFoundError
-from kvstore.manifest import Encoding, Layout, Row
+from kvstore.calibration import shelf
+from kvstore.calibration.record import CalibrationRecord
+from kvstore.calibration.shelf import CALIBRATIONS
+from kvstore.certificates import TierQuality
+from kvstore.errors import FormatError, IntegrityError, NotFoundError
+from kvstore.manifest import Encoding, Layout, Row, zarr_group
 from kvstore.pack import PACKS, Pack
 from kvstore.store import MODELS, Store, tier_chain
 
@@ -37,7 +43,7 @@ def documents(
 ) -> list[Listed]:
     """The newest snapshot's documents by source, one entry a version; keys may be their beginnings."""
     rows = store.rows(source, model=model, template=template, encoding=encoding)
-    packs = [p for p in _packs(store) if p.manifest.encoding_id in {r.encoding for r in rows}]
+    packs = [p for p in packs_of(store) if p.manifest.encoding_id in {r.encoding for r in rows}]
     encodings = {p.manifest.encoding_id: p.encoding for p in packs}
     sizes: dict[str, Sizes] = {e: {} for e in encodings}
     for pack in packs:
@@ -45,7 +51,7 @@ def documents(
     return [_listed(row, encodings.get(row.encoding), sizes.get(row.encoding, {})) for row in rows]
 
 
-def _packs(store: Store) -> list[Pack]:
+def packs_of(store: Store) -> list[Pack]:
     """Every pack that is (still) there."""
     found = []
     for name in store.index.packs():
@@ -85,13 +91,18 @@ def regimes_of(row: Row) -> tuple[str, ...]:
 
 @dataclass
 class TierTotal:
-    """One tier of one encoding: what its units take, and `raw_ratio`, how many times smaller a load at it reads than the model's own dtype."""
+    """One tier of one encoding: what its units take, and `raw_ratio`, how many times smaller a load at it reads than the model's own dtype.
+
+    `kl` (nats a token) is the mean that the quality reports have, `upper` its upper 95 % bound; 0 where the tier is exact, None where unmeasured.
+    """
 
     name: str
     exact: bool
     nbytes: int = 0
     load_nbytes: int = 0
     raw_ratio: float = 0.0
+    kl: float | None = None
+    upper: float | None = None
 
 
 @dataclass
@@ -111,6 +122,18 @@ class EncodingTotal:
         return sum(t.nbytes for t in self.tiers)
 
 
+@dataclass(frozen=True)
+class CalibrationTotal:
+    """One calibration: for which model (key), by which metric from how many tokens, what its files take, and whether new builds use it."""
+
+    digest: str
+    model: str
+    metric: str
+    tokens: int
+    nbytes: int
+    current: bool
+
+
 @dataclass
 class Stats:
     """A whole store. `overhead` (bytes by kind) and the tiers' bytes add up to `nbytes`, what its files take."""
@@ -126,6 +149,7 @@ class Stats:
     overhead: dict[str, int] = field(default_factory=dict)
     models: list[tuple[str, str]] = field(default_factory=list)
     templates: list[tuple[str, str]] = field(default_factory=list)
+    calibrations: list[CalibrationTotal] = field(default_factory=list)
 
     @property
     def artifacts(self) -> int:
@@ -142,18 +166,32 @@ class Stats:
 
 def stats(store: Store) -> Stats:
     """Add up a store. Bytes are those of the files now, whatever snapshots still need them."""
-    packs = _packs(store)
+    packs = packs_of(store)
     found = Stats(str(store.path), store.id, store.number, len(store.snapshots.numbers()), len(store), len(packs))
     found.models = [(r.model.key, r.model.name) for r in store.models()]
     found.templates = [(t.id, t.kind) for t in store.templates()]
+    found.calibrations = [calibration_total(store, digest, record) for digest, record in store.calibrations().items()]
     totals: dict[tuple[str, str], EncodingTotal] = {}
     for pack in packs:
         _add_pack(totals, pack)
     found.encodings = [totals[k] for k in sorted(totals)]
     for total in found.encodings:
         _finish(total, next(p.encoding for p in packs if p.manifest.encoding_id == total.id))
+        _add_quality(total, store)
     found.nbytes, found.overhead = _overhead(store, sum(e.nbytes for e in found.encodings))
     return found
+
+
+def calibration_total(store: Store, digest: str, record: CalibrationRecord) -> CalibrationTotal:
+    nbytes = len(zarr_group(record)) + sum(f.bytes for f in record.files.values())
+    current = store.current_calibration(record.model) == digest
+    return CalibrationTotal(digest, record.model, record.metric, record.tokens, nbytes, current)
+
+
+def calibrations_in(store: Store, encoding: Encoding) -> list[CalibrationTotal]:
+    """Those that an encoding's codecs name. Raises NotFoundError, IntegrityError, FormatError."""
+    named = [c.calibration for c in encoding.codecs if c.calibration is not None]
+    return [calibration_total(store, digest, shelf.record_of(store.storage, digest)) for digest in named]
 
 
 def _add_pack(totals: dict[tuple[str, str], EncodingTotal], pack: Pack) -> None:
@@ -181,9 +219,19 @@ def _finish(total: EncodingTotal, encoding: Encoding) -> None:
         tier.raw_ratio = total.raw_nbytes / max(1, tier.load_nbytes)
 
 
+def _add_quality(total: EncodingTotal, store: Store) -> None:
+    """What cannot be read counts as unmeasured here; verify reports it."""
+    measured: Mapping[str, TierQuality] = {}
+    with suppress(FormatError, IntegrityError):
+        measured = store.quality(total.id, total.model).tiers
+    for tier in total.tiers:
+        found = measured.get(tier.name)
+        tier.kl, tier.upper = (0.0, 0.0) if tier.exact else (found.kl, found.upper) if found is not None else (None, None)
+
+
 def _overhead(store: Store, units: int) -> tuple[int, dict[str, int]]:
     """(all bytes, bytes by kind) of everything that is no unit."""
-    kinds = dict.fromkeys(("token ids", "rows", "unit index", "json", "probes", "other"), 0)
+    kinds = dict.fromkeys(("calibrations", "token ids", "rows", "unit index", "json", "probes", "other"), 0)
     for path in _files(store.path):
         kinds[_kind(path)] += os.stat(store.path / path).st_size
     total = sum(kinds.values())
@@ -197,7 +245,9 @@ def _files(root: Path) -> list[str]:
 
 def _kind(path: str) -> str:
     """Of one file, by its name; shards count as `unit index` until the units are taken off."""
-    top, _, _ = path.partition("/")
+    top, _, rest = path.partition("/")
+    if top == CALIBRATIONS and "/" in rest:
+        return "calibrations"
     if path.endswith(".json"):
         return "json"
     if top == MODELS:

@@ -48,7 +48,7 @@ class Prefix:
         self.composer.require_room(self.input_ids.shape[1] + tail.shape[1])
         ids = torch.cat([self.input_ids, tail], dim=1)
         receipt = Receipt(**{**_fields(self.receipt), "prompt_tokens": ids.shape[1]})
-        return Prompt(ids, receipt, self.base.layers, self.base.config)
+        return Prompt(ids, receipt, self.base.layers, self.base.config, self.base.masked)
 
 
 def _fields(receipt: Receipt) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def load(composer: Composer, source: str, quality: Quality) -> Prefix:
 def read(artifact: Artifact, name: str, quality: Quality, decoder: Decoder, position: int, device: str) -> tuple[list[int], list[KV], dict[str, Any]]:
     """One document's own KV at `position`, all its passages one after another. `name` is what the receipt calls it."""
     started = time.perf_counter()
-    tiers = quality.choose(artifact.stored)
+    tiers = quality.choose(artifact.stored, artifact.store.quality)
     layers = allocate(artifact.layout, artifact.tokens, device)
     at = 0
     for stored in artifact.stored:
@@ -80,6 +80,7 @@ def read(artifact: Artifact, name: str, quality: Quality, decoder: Decoder, posi
         "template": artifact.row.template,
         "encoding": artifact.row.encoding,
         "tier": tier,
+        "kl": artifact.quality[tier],
         "position": position,
         "tokens": artifact.tokens,
         "nbytes": artifact.nbytes(tier),

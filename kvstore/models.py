@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from kvstore import bundled
 from kvstore.devices import known_device
 from kvstore.errors import IncompatibleError, InputError
+from kvstore.families.masking import mask_dropped, require_masking
 from kvstore.families.measure import require_layout
 from kvstore.fingerprint import check_probe, model_at, model_of, probe_ids, probe_sketch
 from kvstore.identity import require_same
@@ -141,6 +142,15 @@ class ModelSource:
         record = store.model_record(self.identity.key)
         found = probe_sketch(self.model, record.layout, record.probe_ids)
         check_probe(found, store.probe(self.identity.key), record.layout.dtype)
+
+    def require_masking(self, what: str) -> None:
+        """Let the model take `what` with its dropped tokens: a model that kvstore loaded is given the attention for it, another must have it.
+
+        Raises IncompatibleError.
+        """
+        if not self.is_object:
+            mask_dropped(self.model)
+        require_masking(self.model.config, what)
 
     def require_known(self, store: Store) -> None:
         """Raises IncompatibleError naming the field that differs where the store holds only other models' artifacts."""

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from kvstore.arrays import rows_metadata, tier_metadata, tokens_metadata
+from kvstore.calibration.shelf import CALIBRATIONS
 from kvstore.digest import sha256
 from kvstore.errors import IntegrityError
 from kvstore.identity import Context, id_bytes
@@ -90,9 +91,16 @@ class PackWriter:
 
     def _open(self) -> None:
         if self._folder is None:
+            self._keep_calibrations()
             folder = self.storage.stage()
             self._shards = {t.array: _Shard(folder / t.array / SHARD) for t in self.encoding.tiers}
             self._folder = folder
+
+    def _keep_calibrations(self) -> None:
+        """They must outlive the time in which nothing published names them yet."""
+        for spec in self.encoding.codecs:
+            if spec.calibration is not None:
+                self.storage.touch(f"{CALIBRATIONS}/{spec.calibration}")
 
     def add(
         self, key: str, context: Context, ids: Sequence[int], units: Mapping[str, Sequence[Sequence[bytes | memoryview]]], checked: bool = False
@@ -200,6 +208,7 @@ class PackWriter:
             sync_folder(child)
         write_synced(folder / "zarr.json", document)
         sync_folder(folder)
+        self._keep_calibrations()
         self.storage.publish(folder, f"{PACKS}/{sha256(document)}", mend=True)
         return sha256(document)
 

@@ -5,17 +5,20 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
+
+import msgspec
 
 from kvstore.documents import Document, Skipped, text_digest
 from kvstore.errors import InputError
 from kvstore.identity import Context, segment_key
-from kvstore.manifest import Encoding, Layout, Model, Passage, Regime, Row
+from kvstore.manifest import CodecSpec, Encoding, Layout, Model, Passage, Regime, Row, TemplateRecord
 from kvstore.passages import LongRule, plan_document
 from kvstore.prefill import Chain
 from kvstore.snapshot import RowId
 from kvstore.store import Store
-from kvstore.template import Renderer
+from kvstore.template import Renderer, make_template, template_source
+from kvstore.tokens import TextEncoder
 
 RegimeChoice = Literal["prefix", "isolated", "both"]
 REGIMES: dict[str, tuple[Regime, ...]] = {"prefix": ("prefix",), "isolated": ("isolated",), "both": ("prefix", "isolated")}
@@ -161,6 +164,13 @@ class Planner:
         return tuple(fresh.values())
 
 
+def template_in(store: Store, kind: str, tokenizer: Any, system: str | None, encoder: TextEncoder) -> TemplateRecord:
+    """The record that an earlier build froze from the same template and tokenizer (one that prints the date stays as it was), or a new one."""
+    source = template_source(kind, tokenizer, system)
+    frozen = [t for t in store.templates() if (t.source, t.tokenizer) == (source, encoder.digest)]
+    return frozen[0] if frozen else make_template(kind, tokenizer, system, encoder=encoder)
+
+
 def root_of(document: Document, prior: Row | None) -> str:
     """The root to keep for a document: a file named alone stays under the folder it was built from before.
 
@@ -189,8 +199,27 @@ def file_of(root: str, source: str) -> str:
 
 def gone(store: Store, planned_for: tuple[str, str, str], roots: set[str], seen: set[str]) -> tuple[RowId, ...]:
     """Rows of the synced roots whose source is no longer there, in the model, template and encoding of this build."""
+    return tuple(r.id for r in store.rows() if _synced(r.root, roots) and r.source not in seen and (r.model, r.template, r.encoding) == planned_for)
 
-    def synced(root: str) -> bool:
-        return root in roots or any(root.startswith(os.path.join(r, "")) for r in roots)
 
-    return tuple(r.id for r in store.rows() if synced(r.root) and r.source not in seen and (r.model, r.template, r.encoding) == planned_for)
+def superseded(
+    store: Store, planned_for: tuple[str, str, str], encoding: Encoding, roots: set[str], seen: set[str], unreadable: set[str]
+) -> tuple[RowId, ...]:
+    """Rows of this build's model and template that only differ in their calibration: of what it compiled anew, and of what is gone from its roots."""
+    model, template, mine = planned_for
+    rows = [r for r in store.rows() if (r.model, r.template) == (model, template) and r.encoding != mine]
+    if not rows or _uncalibrated(encoding) is None:
+        return ()
+    older = {i for i, e in store.encodings().items() if i != mine and _uncalibrated(e) == _uncalibrated(encoding)}
+    left = [r for r in rows if r.encoding in older and r.source not in unreadable]
+    return tuple(r.id for r in left if r.source in seen or _synced(r.root, roots))
+
+
+def _uncalibrated(encoding: Encoding) -> tuple[CodecSpec, ...] | None:
+    """What stays the same when a model is calibrated again (groups and tiers follow from the calibration); None where there is none."""
+    plain = tuple(msgspec.structs.replace(c, calibration=None) for c in encoding.codecs)
+    return None if plain == encoding.codecs else plain
+
+
+def _synced(root: str, roots: set[str]) -> bool:
+    return root in roots or any(root.startswith(os.path.join(r, "")) for r in roots)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from kvstore.arrays import stored_type
-from kvstore.codecs import get_codec
+from kvstore.certificates import Certified, worst
+from kvstore.codecs import codec_of
 from kvstore.errors import IncompatibleError, InputError, ResourceError
 from kvstore.manifest import Encoding, Tier
 from kvstore.store import Stored, tier_chain
@@ -33,16 +34,27 @@ class Quality:
             if value is not None and not (isinstance(value, (int, float)) and value >= 0):
                 raise InputError(f"{name}={value!r} is not a number from 0 up")
 
-    def choose(self, stored: Sequence[Stored]) -> dict[str, str]:
-        """Encoding id -> tier for all artifacts of one load. Raises NotFoundError, IncompatibleError or ResourceError."""
-        encodings = {s.pack.manifest.encoding_id: s.encoding for s in stored}
-        return {id: self._in(encoding, [s for s in stored if s.pack.manifest.encoding_id == id]) for id, encoding in encodings.items()}
+    def choose(self, stored: Sequence[Stored], certified: Callable[[str, str], Certified], judged: Sequence[Stored] | None = None) -> dict[str, str]:
+        """Encoding id -> tier for all artifacts of one load.
+
+        Where a KL is to be kept, `certified` (of an encoding id and a model key) is asked what is known of those `judged`: all by default,
+        without the head where documents follow, which were measured after it.
+
+        Raises NotFoundError, IncompatibleError, ResourceError; IntegrityError where a quality report that is needed is damaged.
+        """
+        found: dict[str, str] = {}
+        for id in dict.fromkeys(s.pack.manifest.encoding_id for s in stored):
+            mine = [s for s in stored if s.pack.manifest.encoding_id == id]
+            if self.max_kl is None:
+                found[id] = self._in(mine[0].encoding, mine)
+            else:
+                counts = [s for s in judged or () if s.pack.manifest.encoding_id == id] or mine
+                found[id] = self._by_kl(mine, {t.name: _worst(counts, t, certified) for t in mine[0].encoding.tiers})
+        return found
 
     def _in(self, encoding: Encoding, stored: Sequence[Stored]) -> str:
         if self.tier is not None:
             return tier_chain(encoding, self.tier)[-1].name
-        if self.max_kl is not None:
-            return self._by_kl(encoding)
         if self.max_bytes is not None:
             limit = self.max_bytes
             return self._finest(encoding, lambda t: sum(s.nbytes(t.name) for s in stored) <= limit, f"{limit:,} bytes")
@@ -51,16 +63,23 @@ class Quality:
             return self._finest(encoding, lambda t: estimate(stored, t) <= seconds, f"{seconds:g} s")
         return encoding.tiers[-1].name
 
-    def _by_kl(self, encoding: Encoding) -> str:
-        """The cheapest tier known to be good enough: so far only exact ones have a known KL, which is 0."""
-        exact = [t.name for t in encoding.tiers if t.exact]
-        if not exact:
+    def _by_kl(self, stored: Sequence[Stored], known: Mapping[str, float | None]) -> str:
+        """The tier that reads least of those that are `known` to be good enough."""
+        limit, measured = self.max_kl or 0.0, {name: kl for name, kl in known.items() if kl is not None}
+        good = [name for name, kl in measured.items() if kl <= limit]
+        if good:
+            return min(good, key=lambda name: sum(s.nbytes(name) for s in stored))
+        if not measured:
             raise IncompatibleError(
-                f"no tier of this artifact has a measured KL, so max_kl={self.max_kl:g} cannot be promised",
+                f"no tier of this artifact has a measured KL, so max_kl={limit:g} cannot be promised",
                 remedy="choose a tier by name, or build with --lossless",
                 code="unmeasured",
             )
-        return exact[0]
+        raise IncompatibleError(
+            f"no stored tier has a KL of at most {limit:g}: {', '.join(f'{name} {kl:.2g}' for name, kl in measured.items())}",
+            remedy="allow more, or build with --lossless",
+            code="too-coarse",
+        )
 
     def _finest(self, encoding: Encoding, fits: Callable[[Tier], bool], limit: str) -> str:
         for tier in reversed(encoding.tiers):
@@ -69,12 +88,17 @@ class Quality:
         raise ResourceError(f"no stored tier fits {limit}", remedy=f"the smallest is {encoding.tiers[0].name!r}: ask for it by name")
 
 
+def _worst(stored: Sequence[Stored], tier: Tier, certified: Callable[[str, str], Certified]) -> float | None:
+    """The KL that holds for all of them, None where one has none."""
+    return worst([certified(s.pack.manifest.encoding_id, s.pack.manifest.model).known(s.id, tier) for s in stored]).kl
+
+
 def estimate(stored: Sequence[Stored], tier: Tier) -> float:
     """Seconds that one core needs to decode `stored` at `tier`, from the time that one of its units takes now."""
     sample = max(stored, key=lambda s: s.segment.tokens)
     pack, tiers = sample.pack, tier_chain(sample.encoding, tier.name)
     spec = sample.encoding.codec(tier.codec)
-    codec = get_codec(spec.name, spec.version, spec.params)
+    codec = codec_of(spec, sample.encoding, pack.layout)
     records = [pack.units(sample.segment, t.array)[0][0] for t in tiers]
     tokens = codec.peek_tokens(records[0])
     dtype = np.dtype(stored_type(tier, pack.layout.dtype)[0])

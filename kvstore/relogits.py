@@ -10,6 +10,7 @@ import torch
 
 from kvstore.decode import KV, Decoder, Piece, allocate
 from kvstore.families.assemble import dynamic_cache, share
+from kvstore.families.masking import masks
 from kvstore.manifest import Layout, Regime, Row, TemplateRecord, Tier
 from kvstore.prefill import Prefiller
 from kvstore.store import Stored
@@ -77,6 +78,10 @@ def relogits(store: OpenStore, segments: int = 4, progress: Callable[[str], None
     """
     model, key = store.model, store.source.identity.key
     places = [p for row in store.rows(model=key) for p in _places(row)]
+    for place in {p.row.encoding: p for p in places}.values():
+        stored = store.stored(place.key, place.row.encoding)
+        if any(stored.drops(t.name) for t in stored.encoding.tiers):
+            store.source.require_masking(place.row.source)
     report = LogitsReport(min(segments, len(places)), len(places))
     prefiller, decoder = Prefiller(model, store.model_record(key).layout), Decoder()
     for place in (places[i * len(places) // report.segments] for i in range(report.segments)):
@@ -108,7 +113,7 @@ def _compare(stored: Stored, place: _Place, template: TemplateRecord, prefiller:
 def _check(
     place: _Place, tier: Tier, stored: Stored, start: int, live: Cache, said: tuple[list[int], torch.Tensor], prefiller: Prefiller, decoder: Decoder
 ) -> TierCheck:
-    layers = _replaced(live, stored, tier.name, start, prefiller.layout, decoder)
+    layers = _replaced(live, stored, tier.name, start, prefiller.layout, decoder, masks(prefiller.model))
     equal = all(torch.equal(k, x.keys) and torch.equal(v, x.values) for (k, v), x in zip(layers, live.layers, strict=True))
     following, wanted = said
     found = _distributions(prefiller.model, dynamic_cache(prefiller.model.config, layers), following)
@@ -117,13 +122,13 @@ def _check(
     return TierCheck(place.row.source, place.passage, place.regime, tier.name, tier.exact, equal, max(0.0, kl), agreement)
 
 
-def _replaced(live: Cache, stored: Stored, tier: str, start: int, layout: Layout, decoder: Decoder) -> list[KV]:
+def _replaced(live: Cache, stored: Stored, tier: str, start: int, layout: Layout, decoder: Decoder, masked: bool) -> list[KV]:
     """The live cache's tensors with the segment's tokens as the store has them."""
     tokens = stored.segment.tokens
     layers = allocate(layout, start + tokens, live.layers[0].keys.device)
     for (keys, values), layer in zip(layers, live.layers, strict=True):
         keys[..., :start, :], values[..., :start, :] = layer.keys[..., :start, :], layer.values[..., :start, :]
-    decoder.decode(Piece(stored, tier, tokens, start, start), layers)
+    decoder.decode(Piece(stored, tier, tokens, start, start), layers, masked=masked)
     return layers
 
 

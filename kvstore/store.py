@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import unicodedata
 import uuid
@@ -15,6 +16,11 @@ import numpy as np
 import numpy.typing as npt
 
 from kvstore.arrays import probe_metadata
+from kvstore.calibration import registry, shelf
+from kvstore.calibration.record import Calibration, CalibrationRecord
+from kvstore.calibration.shelf import CALIBRATIONS
+from kvstore.certificates import Certified, Known, merge, read_reports, report_names, worst
+from kvstore.codecs.masked import drops
 from kvstore.digest import sha256
 from kvstore.errors import FormatError, InputError, IntegrityError, NotFoundError, StorageError
 from kvstore.identity import artifact_id
@@ -40,8 +46,8 @@ from kvstore.storage.files import make_folder, sync_folder, translated, write_sy
 from kvstore.storage.local import LocalStorage
 
 MODELS = "models"
-CALIBRATIONS = "calibrations"
 TEMPLATES = ".kvstore/templates"
+log = logging.getLogger("kvstore")
 
 
 @dataclass(frozen=True)
@@ -64,10 +70,19 @@ class Stored:
         """uint32 [tokens]."""
         return self.pack.ids(self.segment)
 
+    def drops(self, tier: str) -> bool:
+        """Whether tokens may be missing at `tier`. Raises NotFoundError, FormatError for a policy that this version does not know."""
+        return drops(self.encoding.codec(tier_chain(self.encoding, tier)[-1].codec).params)
+
     def nbytes(self, tier: str | None = None) -> int:
         """Stored bytes that a load at `tier` reads; of all tiers together by default."""
         tiers = self.encoding.tiers if tier is None else tier_chain(self.encoding, tier)
         return self.segment.nbytes([t.array for t in tiers])
+
+
+def policy_of(encoding: Encoding, tier: str) -> str:
+    """The token policy that a tier was encoded under."""
+    return str(encoding.codec(tier_chain(encoding, tier)[-1].codec).params.get("policy", "uniform"))
 
 
 def tier_chain(encoding: Encoding, name: str) -> tuple[Tier, ...]:
@@ -91,8 +106,10 @@ class Store:
         self.storage = LocalStorage(Path(os.path.abspath(path)))  # the process may change its folder
         self._require_store()
         self.record = parse_group(self.storage.read("zarr.json"), StoreRecord, str(self.path / "zarr.json"))
+        registry.register(self.storage.path(CALIBRATIONS))  # packs name them by digest alone
         self._cache = cache
         self.snapshots = SnapshotLog(self.storage)
+        self._certified: dict[tuple[str, str], tuple[list[str], Certified]] = {}
         self.index.refresh()
 
     def _require_store(self) -> None:
@@ -126,6 +143,7 @@ class Store:
 
     def _require_stored(self, rows: Sequence[Row]) -> None:
         self.index.refresh_packs()
+        self._require_calibrations({r.encoding for r in rows})
         lacking = [r.source for r in rows if not all(self.index.has(k, r.encoding) for k in sorted(r.segment_keys()))]
         if lacking:
             raise StorageError(
@@ -133,6 +151,12 @@ class Store:
                 remedy="run the same command again: it does only what is missing",
                 code="collected",
             )
+
+    def _require_calibrations(self, encodings: set[str]) -> None:
+        needed = {c.calibration for id, e in self.encodings().items() if id in encodings for c in e.codecs if c.calibration is not None}
+        lacking = sorted(d for d in needed if not shelf.has(self.storage, d))
+        if lacking:
+            raise StorageError(f"calibration {lacking[0]} is not stored, or no longer", remedy="run the same command again", code="collected")
 
     # documents
 
@@ -216,9 +240,41 @@ class Store:
     def templates(self) -> list[TemplateRecord]:
         return [self.template(name[:-5]) for name in self.storage.names(TEMPLATES)]
 
+    def calibrations(self) -> dict[str, CalibrationRecord]:
+        """The records of all calibrations, by digest. Raises IntegrityError, FormatError."""
+        return {digest: shelf.record_of(self.storage, digest) for digest in shelf.list_calibrations(self.storage)}
+
+    def calibration(self, digest: str) -> Calibration:
+        """One calibration; verified when this process loads it first. Raises NotFoundError, IntegrityError, FormatError."""
+        if not shelf.has(self.storage, digest):
+            raise NotFoundError(f"calibration {digest} is not in {self.path}", remedy="`kvstore stats` lists those that are")
+        return registry.find(digest)
+
+    def current_calibration(self, model: str) -> str | None:
+        """Digest of the calibration that new builds of a model (its key) use; None where there is none, or it is gone."""
+        digest = shelf.current(self.storage, model)
+        return digest if digest is not None and shelf.has(self.storage, digest) else None
+
     def encodings(self) -> dict[str, Encoding]:
         """Every encoding that some pack holds, by id."""
-        return {p.manifest.encoding_id: p.encoding for p in map(self.index.pack, self.index.packs())}
+        return {p.manifest.encoding_id: p.encoding for p in map(self.index.pack, self.index.one_of_each())}
+
+    # quality
+
+    def quality(self, encoding: str, model: str) -> Certified:
+        """What builds measured of an encoding's (id) tiers with a model (key). Raises FormatError, IntegrityError where a report is damaged."""
+        names, key = report_names(self.storage, encoding), (encoding, model)
+        if key not in self._certified or self._certified[key][0] != names:
+            self._certified[key] = (names, merge([r for r in read_reports(self.storage, encoding) if r.model == model]))
+        return self._certified[key][1]
+
+    def known(self, stored: Stored, tier: Tier) -> Known:
+        """The KL of an artifact at a tier, as far as it is known: to be shown. A damaged report is warned of and counts as none."""
+        try:
+            return self.quality(stored.pack.manifest.encoding_id, stored.pack.manifest.model).known(stored.id, tier)
+        except (FormatError, IntegrityError) as error:
+            log.warning("%s", error)
+            return Certified().known(stored.id, tier)
 
 
 def split_source(source: str) -> tuple[str, int | None]:
@@ -275,8 +331,16 @@ class Artifact:
 
     @property
     def quality(self) -> dict[str, float | None]:
-        """KL divergence per tier, nats a token: 0 where the tier restores every bit, None where it was not measured."""
-        return {t.name: 0.0 if t.exact else None for t in self.encoding.tiers}
+        """KL divergence per tier, nats a token: 0 where the tier restores every bit, None where it was not measured.
+
+        Measured on the artifact itself where it was sampled, else the upper 95 % bound of the reports; of several passages the worst.
+        """
+        return {name: known.kl for name, known in self.known.items()}
+
+    @property
+    def known(self) -> dict[str, Known]:
+        """The same with where each figure is from: `exact`, the `artifact` itself, the `report`, or nowhere."""
+        return {t.name: worst([self.store.known(s, t) for s in self.stored]) for t in self.encoding.tiers}
 
     def nbytes(self, tier: str | None = None) -> int:
         return sum(s.nbytes(tier) for s in self.stored)

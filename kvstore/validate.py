@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from kvstore.codecs import CALIBRATED, NAMES
 from kvstore.errors import FormatError, IntegrityError
-from kvstore.manifest import Encoding, Layout, PackManifest, RopeRecord
+from kvstore.manifest import CodecSpec, Encoding, Layout, PackManifest, RopeRecord
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}")
 _RESERVED = {"tokens", "segments"}
@@ -58,9 +59,15 @@ def _encoding_problem(encoding: Encoding) -> str | None:
                         ("codec", [c.name for c in encoding.codecs])):  # fmt: skip
         if not names or len(set(names)) != len(names):
             return f"encoding has no {kind}, or one twice"
-    if any(c.calibration is not None for c in encoding.codecs):
-        return "encoding names a calibration, which no codec of this version has"
-    return next((p for p in (_tier_problem(encoding, i) for i in range(len(encoding.tiers))) if p), None)
+    problems = (*map(_codec_problem, encoding.codecs), *(_tier_problem(encoding, i) for i in range(len(encoding.tiers))))
+    return next((p for p in problems if p), None)
+
+
+def _codec_problem(spec: CodecSpec) -> str | None:
+    """Whether an unknown codec needs a calibration is for the version to say that knows it."""
+    if spec.calibration is None:
+        return f"codec {spec.name} names no calibration" if spec.name in CALIBRATED else None
+    return f"codec {spec.name} names a calibration, but has none" if spec.name in NAMES and spec.name not in CALIBRATED else None
 
 
 def _tier_problem(encoding: Encoding, at: int) -> str | None:

@@ -8,21 +8,25 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import msgspec
 
 from kvstore.arrays import probe_metadata
+from kvstore.calibration import shelf
+from kvstore.calibration.record import CalibrationRecord
+from kvstore.calibration.shelf import CALIBRATIONS
 from kvstore.errors import KvstoreError, NotFoundError
 from kvstore.identity import make_model
 from kvstore.manifest import ModelRecord, Row, Snapshot, StoreRecord, TemplateRecord, parse_group, zarr_group
 from kvstore.pack import PACKS, Pack
+from kvstore.quality_upkeep import report_findings
 from kvstore.snapshot import FOLDER as SNAPSHOTS
 from kvstore.snapshot import Rows, SnapshotLog, apply, file_name
 from kvstore.storage.local import LocalStorage
-from kvstore.store import CALIBRATIONS, MODELS, TEMPLATES, Store, read_model, read_probe, read_template
+from kvstore.store import MODELS, TEMPLATES, Store, read_model, read_probe, read_template
 from kvstore.tags import FOLDER as TAGS
 from kvstore.tags import list_tags
+from kvstore.verify_calibrations import Severity, calibration_findings, link_findings, pack_findings
 from kvstore.verify_pack import file_problems, key_problem, segment_problems
 
 SLICE = 64  # segments a thread takes at a time
@@ -34,7 +38,7 @@ class Problem:
 
     where: str
     what: str
-    severity: Literal["error", "notice"] = "error"
+    severity: Severity = "error"
 
 
 @dataclass
@@ -45,6 +49,7 @@ class VerifyReport:
     segments: int = 0
     bytes: int = 0
     snapshots: int = 0
+    calibrations: int = 0
     problems: list[Problem] = field(default_factory=list)
 
     @property
@@ -67,10 +72,12 @@ def verify(store: Store | str | Path, *, progress: Progress | None = None, worke
     run = _Run(storage, progress or (lambda report, where: None))
     run.root()
     run.records()
+    run.calibrations()
     with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
         for name in storage.names(PACKS):
             run.pack(name, pool)
     run.snapshots()
+    run.quality()
     return run.report
 
 
@@ -81,6 +88,7 @@ class _Run:
         self.storage, self.progress, self.report = storage, progress, VerifyReport()
         self.models: dict[str, ModelRecord] = {}
         self.templates: dict[str, TemplateRecord] = {}
+        self.known: dict[str, CalibrationRecord] = {}  # intact calibrations
         self.stored: dict[tuple[str, str], int] = {}  # (encoding, segment key) -> tokens
 
     def _note(self, where: str, problems: Iterable[str]) -> None:
@@ -114,6 +122,16 @@ class _Run:
                 self.templates[name[:-5]] = read_template(self.storage, name[:-5])
             except KvstoreError as error:
                 self._note(f"{TEMPLATES}/{name}", [error.message])
+
+    def calibrations(self) -> None:
+        """Before the packs, which name them; then the links that say which is current."""
+        for digest in self.storage.names(CALIBRATIONS):
+            found = [Problem(*f) for f in calibration_findings(self.storage, digest)]
+            if not found:
+                self.known[digest] = shelf.record_of(self.storage, digest)
+            self.report.problems += found
+        self.report.calibrations = len(self.known)
+        self.report.problems += [Problem(*f) for f in link_findings(self.storage, self.known)]
 
     def _model_problems(self, record: ModelRecord) -> Iterator[str]:
         fields = {k: v for k, v in msgspec.structs.asdict(record.model).items() if k != "key"}
@@ -156,9 +174,7 @@ class _Run:
             yield f"its model {pack.manifest.model[:12]} has no intact record"
         elif model.layout != pack.layout:
             yield "its layout is not that of its model"
-        for calibration in {c.calibration for c in pack.encoding.codecs if c.calibration is not None}:
-            if not self.storage.exists(f"{CALIBRATIONS}/{calibration}/zarr.json"):
-                yield f"its calibration {calibration[:12]} is missing"
+        yield from pack_findings(pack, self.known)
 
     def _segments(self, pack: Pack, rows: range) -> list[str]:
         """Run in several threads: reading, hashing and checksums let go of the interpreter's lock."""
@@ -195,6 +211,10 @@ class _Run:
             current = number == log.newest() or number in tags
             self._rows(file_name(number), snapshot.rows if rows is None or not current else rows.values(), current)
             self.report.snapshots += 1
+
+    def quality(self) -> None:
+        """Reports: loads go by what they say."""
+        self.report.problems += [Problem(*f) for f in report_findings(self.storage)]
 
     def _note_foreign(self, log: SnapshotLog) -> None:
         known = {file_name(n) for n in log.numbers()}

@@ -12,12 +12,13 @@ from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, Suf
 from zarr.abc.store import Store as ZarrStore
 from zarr.core.buffer import Buffer, BufferPrototype
 
-from kvstore.arrays import array_metadata, stored_type
-from kvstore.codecs import get_codec
+from kvstore.arrays import stored_type
+from kvstore.codecs import codec_of
 from kvstore.errors import NotFoundError
 from kvstore.manifest import zarr_group
 from kvstore.pack import Pack
 from kvstore.store import Store, tier_chain
+from kvstore.zarr_json import LITTLE, array_metadata
 
 if TYPE_CHECKING:
     from zarr import Group
@@ -65,11 +66,7 @@ class TierStore(ZarrStore):
         data_type, fill = stored_type(tier_chain(encoding, self.tier)[-1], layout.dtype)
         chunk = [encoding.group_layers, 2, encoding.block_tokens, layout.channels]
         shape = [layout.layers, 2, pack.manifest.slots, layout.channels]
-        return bytes(
-            array_metadata(
-                data_type, shape, chunk, fill, ["layer", "kv", "token", "channel"], [{"name": "bytes", "configuration": {"endian": "little"}}]
-            )
-        )
+        return bytes(array_metadata(data_type, shape, chunk, fill, ["layer", "kv", "token", "channel"], [LITTLE]))
 
     def _chunk(self, pack: Pack, key: str) -> bytes | None:
         try:
@@ -81,7 +78,7 @@ class TierStore(ZarrStore):
         tiers = tier_chain(pack.encoding, self.tier)
         spec, layout = pack.encoding.codec(tiers[-1].codec), pack.layout
         records = [pack.unit(t.array, group, block) for t in tiers]
-        codec = get_codec(spec.name, spec.version, spec.params)
+        codec = codec_of(spec, pack.encoding, layout)
         tokens, layers = codec.peek_tokens(records[0]), len(pack.group_layers(group))
         data_type, fill = stored_type(tiers[-1], layout.dtype)
         dtype = np.dtype(data_type)

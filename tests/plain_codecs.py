@@ -1,4 +1,4 @@
-"""Records of the three codecs, decoded as `schemas/README.md` (section 6) says and with nothing but the standard library. See `plain_reader`."""
+"""Records of the codecs, decoded as `schemas/README.md` (section 6) says and with nothing but the standard library. See `plain_reader`."""
 
 from __future__ import annotations
 
@@ -208,4 +208,91 @@ def lossless_plane(words: Words, h: Header, width: int) -> list[int]:
     return out
 
 
-DECODERS: dict[str, Callable[[list[bytes], Any, str], list[Any]]] = {"raw": raw, "scalar": scalar, "lossless": lossless}
+def arithmetic_decode(data: bytes, table: list[int], count: int) -> list[int]:
+    """Section 6.6: one stream of `count` symbols."""
+    bits = iter([b >> 7 - k & 1 for b in data for k in range(8)])
+    low, high, value, used, out = 0, 2**32 - 1, 0, 0, []
+    for _ in range(32):
+        value = 2 * value + next(bits, 0)
+    bounds = [*table[:-1], 65536]
+    for _ in range(count):
+        span = high - low + 1
+        frequency = ((value - low + 1) * 65536 - 1) // span
+        out.append(max(s for s, first in enumerate(bounds[:-1]) if first <= frequency))
+        high, low = low - 1 + (span * bounds[out[-1] + 1] >> 16), low + (span * bounds[out[-1]] >> 16)
+        while high < 2**31 or low >= 2**31 or (low >= 2**30 and high < 3 * 2**30):
+            away = 0 if high < 2**31 else 2**31 if low >= 2**31 else 2**30
+            low, high, value, used = 2 * (low - away), 2 * (high - away) + 1, 2 * (value - away) + next(bits, 0), used + 1
+    assert len(data) == (used + 2 + 7) // 8
+    return out
+
+
+def arithmetic_rows(words: Words, rows: int, count: int, width: int, longest: int) -> list[list[int]]:
+    """Rows of `count` symbols in streams of at most `longest`."""
+    flat = words.take(f"<{rows * (width + 1)}H")
+    tables = [list(flat[r * (width + 1) : (r + 1) * (width + 1)]) for r in range(rows)]
+    assert all(table[0] == 0 and table == sorted(set(table)) for table in tables)
+    parts = [min(longest, count - first) for first in range(0, count, longest)]
+    lengths = words.take(f"<{len(parts) * rows}I")
+    data, at, out = bytes(words.take(f"<{sum(lengths)}B")), 0, [list[int]() for _ in range(rows)]
+    for i, length in enumerate(lengths):
+        out[i % rows] += arithmetic_decode(data[at : at + length], tables[i % rows], parts[i // rows])
+        at += length
+    return out
+
+
+def to_dtype(value: float, dtype: str) -> float:
+    """A float32 rounded to bfloat16, float16 or itself."""
+    if dtype == "float16":
+        return float(struct.unpack("<e", struct.pack("<e", value))[0])
+    bits = int(struct.unpack("<I", struct.pack("<f", value))[0])
+    bits = bits if dtype == "float32" else bits + 0x7FFF + (bits >> 16 & 1) >> 16 << 16
+    return float(struct.unpack("<f", struct.pack("<I", bits))[0])
+
+
+def cachegen(unit: list[bytes], params: Any, dtype: str) -> list[float]:
+    """Section 6.6."""
+    h, words = header(unit[0]), Words(unit[0])
+    _, width, chunk, kind, deltas = words.take("<HHHBB")
+    assert dtype == ["bfloat16", "float16", "float32"][kind]
+    levels = words.take(f"<{2 * h.layers}B")
+    out: list[list[float]] = [[] for _ in levels]
+    for start in range(0, h.tokens, chunk):
+        values = cachegen_chunk(words, levels, width, min(chunk, h.tokens - start), h.channels, dtype, deltas)
+        for plane, more in zip(out, values, strict=True):
+            plane += more
+    words.finish()
+    return [v for plane in out for v in plane]
+
+
+def cachegen_chunk(words: Words, levels: Any, width: int, tokens: int, channels: int, dtype: str, deltas: int) -> list[list[float]]:
+    """Per plane [tokens, channels]."""
+    raw = words.take(f"<{len(levels) * tokens}{'Hef'[['bfloat16', 'float16', 'float32'].index(dtype)]}")
+    scales = [struct.unpack("<f", struct.pack("<I", m << 16))[0] if dtype == "bfloat16" else m for m in raw]
+    other = [t for t in range(tokens) if not deltas or t % 10]
+    heads = -(-tokens // 10)
+    anchors = arithmetic_rows(words, len(levels), heads * channels, 256, heads * channels) if deltas else []
+    rows = arithmetic_rows(words, len(levels) * channels, len(other), width, 256) if other else []
+    out = []
+    for p, top in enumerate(levels):
+        value = [0.0] * (tokens * channels)
+        for i in range(heads * channels if deltas else 0):
+            at = i // channels * 10
+            value[at * channels + i % channels] = to_dtype(scaled(anchors[p][i], 127, scales[p * tokens + at]), dtype)
+        for n, t in enumerate(other):
+            for c in range(channels):
+                v = scaled(rows[p * channels + c][n], top, scales[p * tokens + t])
+                if deltas:
+                    v = rounded(value[t // 10 * 10 * channels + c] + v)
+                    v = max(-65504.0, min(65504.0, v)) if dtype == "float16" else v
+                value[t * channels + c] = to_dtype(v, dtype)
+        out.append(value)
+    return out
+
+
+def scaled(symbol: int, level: int, scale: float) -> float:
+    assert 0 <= symbol <= 2 * level
+    return rounded(rounded((symbol - level) / level) * scale)
+
+
+DECODERS: dict[str, Callable[[list[bytes], Any, str], list[Any]]] = {"raw": raw, "scalar": scalar, "lossless": lossless, "cachegen": cachegen}

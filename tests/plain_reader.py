@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from tests.plain_codecs import DECODERS, Header, header
 
@@ -148,3 +148,33 @@ class PlainPack:
         for plane in range(2 * head.layers):
             at = ((2 * g * self.encoding["group_layers"] + plane) * tokens + first) * self.channels
             out[at : at + width] = values[plane * width : (plane + 1) * width]
+
+
+class PlainCalibration:
+    """A calibration folder: section 7.1. Every array flat, in C order."""
+
+    FORMATS: ClassVar[dict[str, str]] = {"float32": "f", "float16": "e", "uint16": "H", "uint8": "B"}
+
+    def __init__(self, folder: Path):
+        data = (folder / "zarr.json").read_bytes()
+        assert hashlib.sha256(data).hexdigest() == folder.name
+        self.folder, self.record = folder, json.loads(data)["attributes"]["kvstore"]
+        for name, entry in self.record["files"].items():
+            content = (folder / name).read_bytes()
+            assert (len(content), hashlib.sha256(content).hexdigest()) == (entry["bytes"], entry["sha256"])
+
+    def array(self, name: str) -> tuple[list[int], list[Any]]:
+        """Shape and values."""
+        metadata = json.loads((self.folder / name / "zarr.json").read_text())
+        shape, kind = metadata["shape"], self.FORMATS[metadata["data_type"]]
+        data = (self.folder / name / ".".join(["c", *"0" * len(shape)])).read_bytes()
+        return shape, list(struct.unpack(f"<{len(data) // struct.calcsize(kind)}{kind}", data))
+
+    def synthesis(self, group: int) -> list[list[float]]:
+        """Rows of B."""
+        (rank, dim), rows = self.array(f"g{group}/rows")
+        return [[rows[k * dim + i] * scale for i in range(dim)] for k, scale in zip(range(rank), self.array(f"g{group}/scale")[1], strict=True)]
+
+    def mean(self, group: int) -> list[float]:
+        size = 2 * self.record["kv_heads"] * self.record["head_dim"] * self.record["group_layers"]
+        return self.array("mean")[1][group * size : (group + 1) * size]

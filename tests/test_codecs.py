@@ -61,7 +61,7 @@ def test_unknown_codecs_and_versions_are_refused_by_name() -> None:
         get_codec("zfp", 1, {})
     with pytest.raises(FormatError, match="version 9"):
         get_codec("raw", 9, {})
-    assert set(NAMES) == {"raw", "lossless", "scalar"}
+    assert set(NAMES) == {"raw", "lossless", "scalar", "cachegen", "transform"}
 
 
 def test_looking_up_and_peeking_import_no_compiler() -> None:
@@ -69,7 +69,9 @@ def test_looking_up_and_peeking_import_no_compiler() -> None:
     code = """
 import sys, numpy as np
 from kvstore.codecs import NAMES, default_params, get_codec
-codecs = {name: get_codec(name, *default_params(name, head_dim=64)) for name in NAMES}
+from tests.synthetic_calibration import make_calibration
+calibrations = {"transform": make_calibration()}
+codecs = {name: get_codec(name, *default_params(name, head_dim=64), calibrations.get(name)) for name in NAMES}
 bits = np.zeros((1, 2, 3, 4), np.uint16)
 records = codecs["raw"].encode(bits, "bfloat16")
 codecs["raw"].decode(records, bits)
@@ -284,6 +286,8 @@ def test_no_kernel_reads_or_writes_out_of_bounds(tmp_path: Path) -> None:
     """The same tests, damaged records among them, with every index checked."""
     environment = os.environ | {"NUMBA_BOUNDSCHECK": "1", "NUMBA_CACHE_DIR": str(tmp_path)}
     here = Path(__file__).parent
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "damage or round_trip or shapes or decode", "--deselect"]
-    command += [f"{__file__}::test_no_kernel_reads_or_writes_out_of_bounds", str(here / "test_ans.py"), __file__]
+    chosen = "damage or round_trip or shapes or decode or nest or sums_of_rows"
+    files = [*(str(here / f"test_{name}.py") for name in ("ans", "cachegen", "transform_codec")), __file__]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, "--deselect"]
+    command += [f"{__file__}::test_no_kernel_reads_or_writes_out_of_bounds", *files]
     subprocess.run(command, check=True, env=environment, cwd=here.parent)

@@ -49,7 +49,7 @@ def test_values_pass_bit_for_bit_even_infinities_and_nans() -> None:
 def stored(tmp_path_factory: pytest.TempPathFactory, bundled_model: Any, bundled_tokenizer: Any) -> kvstore.OpenStore:
     path = tmp_path_factory.mktemp("decode") / "kv.zarr"
     text = " ".join(f"The number of the old library is {n}." for n in range(120))
-    kvstore.build([kvstore.Document(text, "a.md")], path, bundled_model, bundled_tokenizer, lossless=True)
+    kvstore.build([kvstore.Document(text, "a.md")], path, bundled_model, bundled_tokenizer, codec="scalar", lossless=True)
     return kvstore.open(path, bundled_model, bundled_tokenizer)
 
 

@@ -28,7 +28,7 @@ def documents() -> list[Document]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, bundled_model: Any, bundled_tokenizer: Any) -> Path:
     path = tmp_path_factory.mktemp("store") / "kv.zarr"
-    kvstore.build(documents(), path, bundled_model, bundled_tokenizer, regime="both", lossless=True)
+    kvstore.build(documents(), path, bundled_model, bundled_tokenizer, regime="both", codec="scalar", lossless=True)
     return path
 
 
@@ -200,15 +200,15 @@ def test_building_again_writes_nothing_and_an_edit_compiles_one(tmp_path: Path, 
     corpus.mkdir()
     for name, text in TEXTS.items():
         (corpus / name).write_text(text)
-    first = kvstore.build(corpus, path, bundled_model, bundled_tokenizer)
+    first = kvstore.build(corpus, path, bundled_model, bundled_tokenizer, codec="scalar")
     assert (first.documents, first.compiled) == (3, 3)
     files = sorted(p for p in path.rglob("*") if p.is_file())
-    again = kvstore.build(corpus, path, bundled_model, bundled_tokenizer)
+    again = kvstore.build(corpus, path, bundled_model, bundled_tokenizer, codec="scalar")
     assert (again.compiled, again.unchanged, again.snapshot) == (0, 3, first.snapshot)
     assert sorted(p for p in path.rglob("*") if p.is_file()) == files
     (corpus / "tower.md").write_text(TEXTS["tower.md"] + " The door is green.")
     (corpus / "garden.md").unlink()
-    third = kvstore.build(corpus, path, bundled_model, bundled_tokenizer)
+    third = kvstore.build(corpus, path, bundled_model, bundled_tokenizer, codec="scalar")
     assert (third.compiled, third.unchanged, third.removed, third.segments) == (1, 1, 1, 1)
     assert kvstore.open(path).sources() == ["lantern.md", "tower.md"]
     other = kvstore.build(corpus, path, bundled_model, bundled_tokenizer, codec="raw")
@@ -229,7 +229,7 @@ def test_system_prompt_is_compiled_once_as_parent_of_all(tmp_path: Path, bundled
 
 def test_passages(tmp_path: Path, bundled_model: Any, bundled_tokenizer: Any) -> None:
     text = "\n\n".join(f"{t} Paragraph {i}." for i, t in enumerate(TEXTS.values()))
-    kvstore.build([Document(text, "long.md")], tmp_path / "s", bundled_model, bundled_tokenizer, passage_tokens=64)
+    kvstore.build([Document(text, "long.md")], tmp_path / "s", bundled_model, bundled_tokenizer, codec="scalar", passage_tokens=64)
     store = kvstore.open(tmp_path / "s", bundled_model, bundled_tokenizer)
     row = store.row("long.md")
     assert len(row.passages) > 1 and max(p.tokens for p in row.passages) <= 64

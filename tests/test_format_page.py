@@ -21,11 +21,18 @@ from hypothesis import strategies as st
 import kvstore.digest
 from kvstore import fingerprint, identity
 from kvstore.arrays import tier_metadata
+from kvstore.calibration.checks import require_record
+from kvstore.calibration.files import chunk_files, metadata_files, plan
+from kvstore.calibration.record import Calibration, CalibrationRecord
+from kvstore.calibration.shelf import Current
+from kvstore.certificates import QualityReport
 from kvstore.codecs import ans, get_codec, table_data
+from kvstore.codecs.masked import Mask
 from kvstore.families.rope import rotate
 from kvstore.manifest import Encoding, ModelRecord, PackManifest, RopeRecord, Snapshot, StoreRecord, TemplateRecord, parse, zarr_group
 from kvstore.tags import Tag
-from tests import plain_codecs, plain_reader
+from kvstore.transforms.klt import Basis
+from tests import plain_codecs, plain_reader, plain_transform
 
 SCHEMAS = Path(__file__).parents[1] / "schemas"
 PAGE = (SCHEMAS / "README.md").read_text(encoding="utf-8")
@@ -152,6 +159,11 @@ def check_ans(example: Any) -> None:
     assert np.frombuffer(coded.content(), "<u4").tolist() == example["words"]
 
 
+def check_dropped(example: Any) -> None:
+    flags = np.array([[[t in gone for t in range(example["tokens"])] for gone in heads] for heads in example["dropped"]])
+    assert Mask(flags, np.array(example["profile"], np.uint8)).bytes().hex() == example["section"]
+
+
 def check_scalar(example: Any) -> None:
     records = [bytes.fromhex(r) for r in example["records"]]
     for count, name in ((1, "standard_float32"), (2, "fine_float32")):
@@ -160,6 +172,45 @@ def check_scalar(example: Any) -> None:
         get_codec("scalar", 1, example["params"]).decode(records[:count], out)
         assert out.tobytes() == wanted.tobytes()
         assert plain_codecs.scalar(records[:count], example["params"], "bfloat16") == wanted.tolist()
+
+
+def check_transform(example: Any) -> None:
+    c, tables = example["calibration"], json.loads((SCHEMAS / "scalar-tables.json").read_text(encoding="utf-8"))
+    weights = [row + [0] * (128 - len(row)) for row in tables["base"]]
+    plain = [
+        plain_transform.Calibrated(c["classes"], weights, tables["thirds"], c["tiers"], c["least"], c["step"], c["shrink"], c["mean"], c["rows"])
+    ]
+    codec, records = get_codec("transform", 1, {}, calibration_of(c, weights, tables["thirds"])), [bytes.fromhex(r) for r in example["records"]]
+    assert codec.encode(np.array(example["bits"], np.uint16).reshape(example["shape"]), example["dtype"]) == records
+    for count, (levels, values) in enumerate(zip(example["levels"], example["values"], strict=True), 1):
+        found = plain_transform.read(records[:count], plain)
+        assert (found.group, found.classes, found.levels) == (0, example["sets"], levels)
+        out = np.empty(example["shape"], np.float32)
+        codec.decode(records[:count], out)
+        np.testing.assert_allclose(out.flatten(), values, rtol=1e-6)
+        rows = out.transpose(2, 0, 1, 3).reshape(example["shape"][2], -1)
+        np.testing.assert_allclose(rows, plain_transform.values(records[:count], plain, example["dtype"]), rtol=1e-6)
+
+
+def calibration_of(c: Any, weights: list[list[int]], thirds: list[list[int]]) -> Calibration:
+    """What the page shows of a calibration of one layer with two channels, its metric the identity."""
+    fields = {**EXAMPLES["calibration"], "layers": 1, "kv_heads": 1, "head_dim": 2, "group_layers": 1, "exempt": 50.0, "energy": [4.0]}
+    fields |= {"ranks": [len(c["rows"])], "kl": [], **{name: c[name] for name in ("tiers", "least", "step", "shrink")}}
+    metric = np.broadcast_to(np.eye(2, dtype=np.float16), (2, 2, 2))
+    basis = Basis(
+        np.array(c["mean"], np.float32), np.array(c["rows"], np.float16), np.ones(len(c["rows"]), np.float32), metric, np.ones(2, np.float32)
+    )
+    arrays = (np.array(c["classes"], np.uint8),), np.array(weights, np.uint16), np.array(thirds, np.uint16)
+    return Calibration("0" * 64, parse(fields, CalibrationRecord, "page"), (basis,), *arrays)
+
+
+def check_cachegen(example: Any) -> None:
+    bits, record = np.array(example["bits"], np.uint16).reshape(example["shape"]), bytes.fromhex(example["record"])
+    codec, out = get_codec("cachegen", 1, example["params"]), np.empty(example["shape"], np.float32)
+    assert codec.encode(bits, example["dtype"], example["group"]) == [record]
+    codec.decode([record], out)
+    assert out.tobytes().hex() == example["float32"]
+    assert plain_codecs.cachegen([record], example["params"], example["dtype"]) == out.flatten().tolist()
 
 
 def check_model(example: Any) -> None:
@@ -195,6 +246,47 @@ def check_tag(example: Any) -> None:
     assert parse(example, Tag, "page").snapshot == example["snapshot"]
 
 
+def check_quality(example: Any) -> None:
+    record = parse(example, QualityReport, "page")
+    body = plain_reader.compact({k: v for k, v in example.items() if k != "digest"}).encode()
+    assert plain_reader.digest("kvstore/quality/1", body) == record.digest == record.own_digest()
+    assert record.encoding == EXAMPLES["encoding-id"]["sha256"]
+
+
+def check_calibration(example: Any) -> None:
+    record = parse(example, CalibrationRecord, "page")
+    require_record(record, "page")
+    assert kvstore.digest.sha256(zarr_group(record)) in PAGE
+    implied = metadata_files(record)
+    assert {n: f.sha256 for n, f in record.files.items() if n in implied} == {n: kvstore.digest.sha256(d) for n, d in implied.items()}
+    assert {n: f.bytes for n, f in record.files.items() if n not in implied} == {n: a.nbytes for n, a in chunk_files(record).items()}
+
+
+def check_calibration_array(example: Any) -> None:
+    record = parse(EXAMPLES["calibration"], CalibrationRecord, "page")
+    assert json.loads(plan(record)["g1/rows"].metadata()) == example
+
+
+def check_synthesis(example: Any) -> None:
+    """As the page says, in float64: c B + mean, and back by F B'."""
+    dim, scale = len(example["mean"]), np.array(example["scale"])
+    synthesis = np.frombuffer(bytes.fromhex(example["rows_float16"]), "<f2").reshape(-1, dim) * scale[:, None]
+    blocks = np.frombuffer(bytes.fromhex(example["metric_float16"]), "<f2").reshape(len(example["metric_scale"]), -1)
+    size = dim // len(blocks)
+    whole = np.zeros((dim, dim))
+    for b, (block, factor) in enumerate(zip(blocks, example["metric_scale"], strict=True)):
+        whole[b * size : (b + 1) * size, b * size : (b + 1) * size] = block.reshape(size, size) * factor
+    x = np.array(example["mean"]) + np.array(example["coefficients"]) @ synthesis
+    np.testing.assert_allclose(x, example["x"], atol=1e-4)
+    np.testing.assert_allclose((x - example["mean"]) @ whole @ synthesis.T, example["coefficients_of_x"], atol=2e-3)
+    np.testing.assert_allclose(example["coefficients_of_x"], example["coefficients"], atol=5e-3)
+
+
+def check_current(example: Any) -> None:
+    link = parse(example, Current, "page")
+    assert link.model == EXAMPLES["calibration"]["model"] and link.previous is not None and link.previous in PAGE
+
+
 CHECKS: dict[str, Check] = {
     "store": lambda e: None,  # below
     "group": lambda e: None,  # below
@@ -213,11 +305,19 @@ CHECKS: dict[str, Check] = {
     "ans": check_ans,
     "lossless": lambda e: check_exact(e, "lossless"),
     "scalar": check_scalar,
+    "transform": check_transform,
+    "cachegen": check_cachegen,
+    "dropped": check_dropped,
     "model": check_model,
+    "calibration": check_calibration,
+    "calibration-array": check_calibration_array,
+    "synthesis": check_synthesis,
+    "current": check_current,
     "probe": check_probe,
     "template": check_template,
     "snapshot": check_snapshot,
     "tag": check_tag,
+    "quality": check_quality,
 }
 
 
@@ -247,7 +347,7 @@ def test_config_fields_are_those_of_the_code() -> None:
 def test_every_domain_of_a_stored_key_is_listed() -> None:
     code = "".join(p.read_text(encoding="utf-8") for p in SCHEMAS.parent.joinpath("kvstore").rglob("*.py"))
     used = set(re.findall(r"[\"'](kvstore/[a-z-]+/\d+)[\"']", code))
-    local = {"kvstore/file/1"}  # names of files in the user's cache
+    local = {"kvstore/file/1", "kvstore/calibration-order/1"}  # names of files in the user's cache; an order to draw samples in
     assert used - local == set(re.findall(r"`(kvstore/[a-z-]+/\d+)`", PAGE))
 
 

@@ -22,14 +22,15 @@ TORCH_FREE = ("kvstore.pack", "kvstore.index", "kvstore.snapshot", "kvstore.stor
 
 # Imports run from a higher rank to the same or a lower one. The longest prefix of a module's name counts.
 LAYERS = [
-    "errors digest receipt",
-    "identity manifest storage bundled schemas validate",
+    "errors digest receipt wording",
+    "identity manifest storage bundled schemas zarr_json provenance",
     "codecs transforms quantizers policies calibration",
-    "pack pack_writer arrays index snapshot tags checkpoint devices families fingerprint",
-    "store reach gc collector inventory detail diff zarr_view models verify_pack",
-    "documents sources objects tables tokens vocabulary cutting template passages",
-    "plan prefill encode placing decode quality lookup",
-    "answering compose export builder build loader load match relogits verify",
+    "pack pack_writer arrays index snapshot tags checkpoint devices families scoring fingerprint validate",
+    "store certificates quality_upkeep reach gc collector inventory detail diff zarr_view models verify_pack calibration_gc verify_calibrations",
+    "asking documents sources objects tables tokens vocabulary cutting template passages",
+    "calibration.live calibration.sample calibration.metric calibration.attention calibration.statistics",
+    "calibration.solve calibration.trial calibration.target calibration.learn plan prefill parts encode viewing placing decode quality lookup",
+    "answering asking certify compose evaluate export plotting builder build loader load match relogits verify calibrator",
     "api",
     "demo cli integrations",
 ]

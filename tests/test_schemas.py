@@ -14,6 +14,9 @@ from jsonschema import Draft202012Validator
 from referencing import Registry, Resource
 
 from kvstore import manifest
+from kvstore.calibration.record import CalibrationRecord
+from kvstore.calibration.shelf import Current
+from kvstore.certificates import QualityReport
 from kvstore.errors import FormatError, IntegrityError
 from kvstore.manifest import ModelRecord, PackManifest, Snapshot, StoreRecord, TemplateRecord, parse, parse_group
 from kvstore.tags import Tag
@@ -21,8 +24,8 @@ from kvstore.tags import Tag
 FOLDER = Path(__file__).parents[1] / "schemas"
 SCHEMAS = {p.name.removesuffix(".schema.json"): json.loads(p.read_text(encoding="utf-8")) for p in FOLDER.glob("*.schema.json")}
 REGISTRY: Registry[Any] = Registry().with_resources([(s["$id"], Resource.from_contents(s)) for s in SCHEMAS.values()])
-GROUPS: dict[str, type[msgspec.Struct]] = {"store": StoreRecord, "pack": PackManifest, "model": ModelRecord}
-FILES: dict[str, type[msgspec.Struct]] = {"template": TemplateRecord, "snapshot": Snapshot, "tag": Tag}
+GROUPS: dict[str, type[msgspec.Struct]] = {"store": StoreRecord, "pack": PackManifest, "model": ModelRecord, "calibration": CalibrationRecord}
+FILES: dict[str, type[msgspec.Struct]] = {"template": TemplateRecord, "snapshot": Snapshot, "tag": Tag, "quality": QualityReport, "current": Current}
 VALID, INVALID = (sorted((FOLDER / "examples" / kind).glob("*.json")) for kind in ("valid", "invalid"))
 
 

@@ -1,11 +1,13 @@
 """What cli/README.md shows, and making it true again: `python tests/update_cli_readme.py` rewrites its help texts and its examples' output.
 
 A `text` block whose first line is `$ kvstore COMMAND --help` holds that help. A `console` block holds commands (`$ kvstore ...`) and
-their standard output. Commands run in this process, one after another from the top of the page, in a folder with `corpus/`.
+their standard output. Commands run in this process, one after another from the top of the page, in a folder with `corpus/` and
+`questions.jsonl`, about its documents.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -48,6 +50,9 @@ def prepare(folder: Path) -> None:
     (folder / "corpus").mkdir()
     for name in DOCUMENTS:
         shutil.copy(bundled.corpus_path() / "places" / name, folder / "corpus")
+    asked = [q for q in bundled.questions() if q.source.removeprefix("places/") in DOCUMENTS]
+    lines = [json.dumps({"query": q.question, "documents": [q.source.removeprefix("places/")], "answer": q.answer}) for q in asked]
+    (folder / "questions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def run_shown(command: str) -> Ran:

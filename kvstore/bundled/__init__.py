@@ -27,6 +27,11 @@ def model_path() -> Path:
     return _folder() / "model"
 
 
+def calibrations_path() -> Path:
+    """Folder of the calibrations that come with the bundled model, each under its digest; it may be missing."""
+    return _folder() / "calibration"
+
+
 def corpus_path() -> Path:
     """Folder of the sample corpus: short Markdown and text documents that state facts in prose."""
     return _folder() / "corpus"

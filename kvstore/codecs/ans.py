@@ -13,7 +13,6 @@ own multiplications. Word arrays start with a guard word, so that the load of th
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
@@ -22,8 +21,11 @@ import numpy.typing as npt
 
 from kvstore.codecs import ans_kernels, ternary_kernels
 from kvstore.codecs.base import Reader, damaged
+from kvstore.codecs.runs import STREAM, Runs, cut
 
-STREAM, TOTAL = 4096, 4096
+__all__ = ["STREAM", "Runs", "cut", "decode", "decode_table", "decode_ternary", "encode", "encode_table", "take", "thirds_table"]
+
+TOTAL = 4096
 Bytes = npt.NDArray[np.uint8]
 U32 = npt.NDArray[np.uint32]
 I64 = npt.NDArray[np.int64]
@@ -42,26 +44,6 @@ class Coded(NamedTuple):
     def content(self) -> bytes:
         """The words of all streams, little-endian."""
         return self.words[1 + self.ends[0] : 1 + self.ends[-1]].astype("<u4", copy=False).tobytes()
-
-
-class Runs(NamedTuple):
-    """How `symbols` symbols are cut: `run` symbols share a table, `per` runs a stream."""
-
-    symbols: int
-    run: int
-    per: int
-
-    @property
-    def streams(self) -> int:
-        return -(-self.symbols // (self.run * self.per))
-
-
-@lru_cache(1024)
-def cut(symbols: int, run: int) -> Runs:
-    """Streams of at most 4,096 symbols (one run, where that is longer), as equal as whole runs allow."""
-    runs = -(-symbols // run)
-    streams = -(-runs // max(1, STREAM // run))
-    return Runs(symbols, run, -(-runs // max(1, streams)))
 
 
 def encode_table(weights: I64, symbols: I64) -> U32:

@@ -5,17 +5,20 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
 from kvstore.errors import FormatError, InputError, IntegrityError
 
+if TYPE_CHECKING:
+    from kvstore.calibration.record import Calibration
+
 Record = bytes | memoryview
 Array = npt.NDArray[Any]
 Words = npt.NDArray[np.uint32]
-BITS = {"bfloat16": np.dtype(np.uint16), "float16": np.dtype(np.uint16), "float32": np.dtype(np.uint32)}
+BITS: dict[str, np.dtype[Any]] = {"bfloat16": np.dtype(np.uint16), "float16": np.dtype(np.uint16), "float32": np.dtype(np.uint32)}
 MAX_TOKENS, MAX_LAYERS, MAX_CHANNELS = 4096, 65535, 1 << 20
 HEADER_WORDS = 3
 
@@ -30,8 +33,14 @@ class Codec(ABC):
     version: ClassVar[int] = 1
     exact: ClassVar[bool]
     n_tiers: ClassVar[int] = 1
+    needs_calibration: ClassVar[bool] = False
+    takes_steps: ClassVar[bool] = False  # whether `encode` takes `steps`, int8 [tokens]: the step class of each token
+    takes_kept: ClassVar[bool] = False  # whether `encode` takes `kept`, bool [layers, heads, tokens]: what of the values is not a filler
 
-    def __init__(self, params: Mapping[str, int | str]):
+    def __init__(self, params: Mapping[str, int | str], calibration: Calibration | None = None):
+        if (calibration is not None) is not self.needs_calibration:
+            wants = "needs a calibration" if self.needs_calibration else "takes no calibration"
+            raise FormatError(f"codec {self.name} {wants}", remedy="upgrade kvstore")
         self.params: dict[str, int | str] = self.check_params(dict(params))
 
     @classmethod
@@ -47,10 +56,11 @@ class Codec(ABC):
         return params
 
     @abstractmethod
-    def encode(self, bits: Array, dtype: str) -> list[bytes]:
+    def encode(self, bits: Array, dtype: str, group: int = 0) -> list[bytes]:
         """One record per tier, base first, each a multiple of 4 bytes long.
 
-        `bits` [layers, 2, tokens, channels] are the bit patterns of `dtype` (uint16, or uint32 for float32). Raises InputError.
+        `bits` [layers, 2, tokens, channels] are the bit patterns of `dtype` (uint16, or uint32 for float32); `group` is the place of these
+        layers among the groups of layers, for codecs that treat groups differently: their records say it. Raises InputError.
         """
 
     @abstractmethod
@@ -60,6 +70,14 @@ class Codec(ABC):
         `out` is float32 for lossy codecs, bit patterns (uint16, uint32) for exact ones; its rows of channels are contiguous.
         Raises IntegrityError for damaged records, having written anything or nothing to `out`.
         """
+
+    @classmethod
+    def kind_nbytes(cls, record: Record, params: Mapping[str, int | str], dtype: str) -> tuple[int, int] | None:
+        """Bytes of keys and of values in one tier's record of values that were `dtype`, or None where the codec codes them together.
+
+        What both leave of the record is headers and padding. Nothing is decoded. Raises IntegrityError.
+        """
+        return None
 
     def peek_tokens(self, record: Record) -> int:
         """How many tokens a record holds."""

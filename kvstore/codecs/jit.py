@@ -10,11 +10,11 @@ from kvstore.errors import ResourceError
 
 try:
     import numba
-    from numba import float32, int8, int32, uint8, uint16, uint32, uint64
+    from numba import float32, int8, int32, int64, uint8, uint16, uint32, uint64
 except ImportError as missing:
     raise ResourceError("this codec needs numba, which is not installed", remedy="pip install numba, or use the codec raw") from missing
 
-__all__ = ["compiled", "float32", "helper", "inlined", "int8", "int32", "uint8", "uint16", "uint32", "uint64"]
+__all__ = ["compiled", "float32", "helper", "inlined", "int8", "int32", "int64", "uint8", "uint16", "uint32", "uint64"]
 
 log = logging.getLogger("kvstore")
 Function = TypeVar("Function", bound=Callable[..., Any])

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
-from kvstore.codecs.base import HEADER_WORDS, Array, Codec, Record, check_bits, damaged, expect, to_record, words_of
+from kvstore.codecs.base import BITS, HEADER_WORDS, Array, Codec, Record, check_bits, damaged, expect, read_header, to_record, words_of
 from kvstore.errors import InputError
 
 
@@ -15,7 +15,7 @@ class RawCodec(Codec):
     name: ClassVar[str] = "raw"
     exact: ClassVar[bool] = True
 
-    def encode(self, bits: Array, dtype: str) -> list[bytes]:
+    def encode(self, bits: Array, dtype: str, group: int = 0) -> list[bytes]:
         header = check_bits(bits, dtype)
         return [to_record(header.bytes(), bits.astype(bits.dtype.newbyteorder("<"), copy=False))]
 
@@ -27,3 +27,11 @@ class RawCodec(Codec):
         if not out.size <= len(body) < out.size + 4 // out.itemsize:
             raise damaged(f"{len(body)} values for shape {out.shape}")
         out[...] = body[: out.size].reshape(out.shape)
+
+    @classmethod
+    def kind_nbytes(cls, record: Record, params: Mapping[str, int | str], dtype: str) -> tuple[int, int]:
+        header = read_header(record)
+        each = header.layers * header.tokens * header.channels * BITS[dtype].itemsize
+        if not 0 <= len(record) - 4 * HEADER_WORDS - 2 * each < 4:
+            raise damaged(f"{len(record)} bytes for shape {header.shape}")
+        return each, each

@@ -14,13 +14,13 @@ of the group's deviation); the channel means of keys are worth 0.5 to 1 bit a ke
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
-from kvstore.codecs.base import Array, Codec, Record, check_bits, expect
+from kvstore.codecs.base import Array, Codec, Record, check_bits, expect, read_header
 from kvstore.codecs.grouping import Floats, Plane
 from kvstore.errors import FormatError, InputError
 
@@ -37,6 +37,7 @@ class ScalarCodec(Codec):
     name: ClassVar[str] = "scalar"
     exact: ClassVar[bool] = False
     n_tiers: ClassVar[int] = 2
+    takes_kept: ClassVar[bool] = True
 
     @classmethod
     def default_params(cls, head_dim: int) -> dict[str, int | str]:
@@ -53,16 +54,18 @@ class ScalarCodec(Codec):
                 raise FormatError(f"codec scalar: {name} must be an integer from {low} to {high}, got {value!r}")
         return params
 
-    def encode(self, bits: Array, dtype: str) -> list[bytes]:
+    def encode(self, bits: Array, dtype: str, group: int = 0, kept: npt.NDArray[np.bool_] | None = None) -> list[bytes]:
+        """As `Codec.encode`; what is not `kept` (bool [layers, heads, tokens]) has no say in steps and means."""
         from kvstore.codecs import scalar_planes
 
         header = check_bits(bits, dtype)
         planes = []
         for layer, both in enumerate(bits):
+            share = None if kept is None else kept[layer].mean(axis=0, dtype=np.float32)
             for kind in (KEY, VALUE):
                 values, plane = to_float32(both[kind], dtype), self.plane(kind, header.tokens, header.channels)
                 top = largest_of(values, layer, kind)
-                step, typical = step_of(values, top, self._thousandths(kind, plane), centred=plane.channel_major)
+                step, typical = step_of(values, top, self._thousandths(kind, plane), centred=plane.channel_major, share=share)
                 planes.append(scalar_planes.encode(values, plane, step, typical))
         return scalar_planes.assemble(header, planes)
 
@@ -74,6 +77,13 @@ class ScalarCodec(Codec):
             raise InputError(f"codec scalar decodes to float32, not to {out.dtype}")
         kinds = [self.plane(kind, header.tokens, header.channels) for kind in (KEY, VALUE)]
         scalar_planes.decode(records, kinds, out)
+
+    @classmethod
+    def kind_nbytes(cls, record: Record, params: Mapping[str, int | str], dtype: str) -> tuple[int, int]:
+        from kvstore.codecs import scalar_sizes
+
+        codec, header = cls(params), read_header(record)
+        return scalar_sizes.kind_nbytes(record, header, [codec.plane(kind, header.tokens, header.channels) for kind in (KEY, VALUE)])
 
     def plane(self, kind: int, tokens: int, channels: int) -> Plane:
         """The grouping of keys or values in a block of this size: encoder and decoder derive it alike."""
@@ -104,20 +114,25 @@ def largest_of(values: Floats, layer: int, kind: int) -> float:
     return top
 
 
-def step_of(values: Floats, top: float, thousandths: float, *, centred: bool) -> tuple[np.float32, npt.NDArray[np.bool_]]:
+def step_of(
+    values: Floats, top: float, thousandths: float, *, centred: bool, share: Floats | None = None
+) -> tuple[np.float32, npt.NDArray[np.bool_]]:
     """The fine step for `values` [tokens, channels] of magnitudes up to `top`, and which tokens are typical.
 
-    Deviations are from the channel's mean where `centred`. The step is never so small that a level needs more than 24 bits.
+    Deviations are from the channel's mean where `centred`. `share` [tokens] of a token's channels count, the others hold a
+    filler. The step is never so small that a level needs more than 24 bits.
     """
-    typical = np.ones(len(values), np.bool_)
-    if top < TINY:
-        return np.float32(1), typical
-    scaled = values * np.float32(1 / top)
-    energy = _energy(scaled, typical, centred)
+    there = np.ones(len(values), np.bool_) if share is None else share > 0
+    typical = there
+    if top < TINY or not there.any():
+        return np.float32(1), np.ones(len(values), np.bool_)
+    scaled, per_kept = values * np.float32(1 / top), np.float32(1) if share is None else share[there]
+    energy = _energy(scaled, typical, centred)[there] / per_kept
     median = _middle(energy)
     if float(energy.max()) > OUTLIER * median > 0:
-        typical = energy <= OUTLIER * median
-        energy = _energy(scaled, typical, centred)
+        typical = there.copy()
+        typical[there] = energy <= OUTLIER * median
+        energy = _energy(scaled, typical, centred)[there] / per_kept
     spread = math.sqrt(_middle(energy) or float(energy.mean()))
     return np.float32(top * max(thousandths / 1000 * spread, FINEST)), typical
 

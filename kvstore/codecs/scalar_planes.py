@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +19,7 @@ import numpy.typing as npt
 from kvstore.codecs import ans, scalar_kernels
 from kvstore.codecs.base import HEADER_WORDS, Array, Header, Reader, Record, damaged, to_record, words_of
 from kvstore.codecs.escapes import EscapeReader, Escapes, pack_escapes
-from kvstore.codecs.grouping import Floats, Plane
+from kvstore.codecs.grouping import HEAD, Floats, Plane, base_runs
 from kvstore.codecs.tables import CLASSES, class_bounds, tables
 
 FAR = 1 << 28  # no true offset is as large: levels have 24 bits
@@ -54,10 +53,6 @@ class Head(NamedTuple):
     widths: int
     offset_centre: int
     escapes: int
-
-
-HEAD = np.dtype([("step", "<f4"), ("class_centre", "u1"), ("class_table", "u1"), ("offset_table", "u1"), ("widths", "u1"),
-                 ("offset_centre", "<i4"), ("escapes", "<u4")])  # fmt: skip
 
 
 def encode(values: Floats, plane: Plane, step: np.float32, typical: npt.NDArray[np.bool_]) -> EncodedPlane:
@@ -114,13 +109,13 @@ def decode(records: Sequence[Record], kinds: Sequence[Plane], out: Array) -> Non
     readers = [Reader(words_of(record), HEADER_WORDS) for record in records]
     heads = [_read_head(readers[0].take_bytes(HEAD.itemsize)) for _ in range(2 * len(out))]
     planes = [kinds[i % 2] for i in range(len(heads))]
-    base = ans.take(readers[0], [runs.streams for plane in planes for runs in _base_runs(plane)])
-    fine = ans.take(readers[1], [_base_runs(plane)[-1].streams for plane in planes]) if len(records) > 1 else None
+    base = ans.take(readers[0], [runs.streams for plane in planes for runs in base_runs(plane)])
+    fine = ans.take(readers[1], [base_runs(plane)[-1].streams for plane in planes]) if len(records) > 1 else None
     escapes = EscapeReader(readers[0], [(head.escapes, head.widths) for head in heads])
     for reader in readers:
         reader.finish()
     for i, (head, plane) in enumerate(zip(heads, planes, strict=True)):
-        streams = [next(base) for _ in _base_runs(plane)]
+        streams = [next(base) for _ in base_runs(plane)]
         _decode_plane(head, plane, streams, next(fine) if fine else None, escapes.take(head.escapes, head.widths), out[i // 2, i % 2])
 
 
@@ -131,15 +126,8 @@ def _read_head(raw: npt.NDArray[np.uint8]) -> Head:
     return head._replace(step=np.float32(head.step))
 
 
-@lru_cache(256)
-def _base_runs(plane: Plane) -> tuple[ans.Runs, ...]:
-    """How the rows of a plane's base record are cut into streams."""
-    sides = [plane.runs, plane.channels] if plane.channel_major else [plane.runs]
-    return (*(ans.cut(count, ans.STREAM) for count in sides), ans.cut(plane.size, plane.run))
-
-
 def _decode_plane(head: Head, plane: Plane, base: list[ans.Coded], fine: ans.Coded | None, escapes: Escapes, out: Floats) -> None:
-    rows, built = _base_runs(plane), tables()
+    rows, built = base_runs(plane), tables()
     mine = escapes.split([runs.symbols for runs in rows])
     classes = _decode_side(base[0], rows[0], head.class_table, head.class_centre, mine[0])
     if classes.min() < 0 or classes.max() >= CLASSES:

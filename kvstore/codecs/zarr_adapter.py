@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from zarr.abc.codec import ArrayBytesCodec
 
+from kvstore.calibration import registry
 from kvstore.codecs import get_codec
 from kvstore.codecs.base import BITS, Codec, damaged, read_header
 from kvstore.errors import FormatError, InputError
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
     from zarr.core.array_spec import ArraySpec
     from zarr.core.buffer import Buffer, NDBuffer
+
+    from kvstore.calibration.record import Calibration
 
 NAME = "kvstore.unit"
 PADDING = {"bfloat16": 0x7FC0, "float16": 0x7E00, "float32": 0x7FC00000}  # NaN, as bits
@@ -82,7 +85,7 @@ class UnitCodec(ArrayBytesCodec):
 
     def decode_record(self, record: memoryview, shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
         """A chunk of `shape`. Raises FormatError for a refinement or a foreign dtype, IntegrityError for damage."""
-        codec = self._codec(dtype)
+        codec = self._codec(shape, dtype)
         header = read_header(record)
         if len(shape) != 4 or any(have > room for have, room in zip(header.shape, shape, strict=True)):
             raise damaged(f"a record of shape {header.shape} in a chunk of shape {shape}")
@@ -90,14 +93,22 @@ class UnitCodec(ArrayBytesCodec):
         codec.decode([record], chunk[: header.layers, :, : header.tokens])
         return chunk
 
-    def _codec(self, dtype: np.dtype[Any]) -> Codec:
+    def _codec(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Codec:
         if self.level != 0:
             raise FormatError(f"tier {self.level} of codec {self.codec} refines the tiers below it, zarr sees one array at a time",
                               remedy="read it through kvstore: store.as_zarr(tier)")  # fmt: skip
-        if self.calibration is not None:
-            raise FormatError(f"codec {self.codec} needs calibration {self.calibration}", remedy="upgrade kvstore")
-        codec = get_codec(self.codec, self.version, dict(self.params))
+        codec = get_codec(self.codec, self.version, dict(self.params), self._calibration(shape))
         expected = BITS[self.dtype] if codec.exact else np.dtype(np.float32)
         if dtype.newbyteorder("=") != expected:
             raise FormatError(f"codec {self.codec} of {self.dtype} decodes to {expected}, the array is {dtype}")
         return codec
+
+    def _calibration(self, shape: tuple[int, ...]) -> Calibration | None:
+        """Where kvstore has opened the store in this process, or KVSTORE_CALIBRATIONS says. Raises FormatError where it is not, or is for others."""
+        if self.calibration is None:
+            return None
+        found = registry.find(self.calibration)
+        expected = (found.record.group_layers, 2, found.record.kv_heads * found.record.head_dim)
+        if len(shape) != 4 or (shape[0], shape[1], shape[3]) != expected:
+            raise FormatError(f"calibration {found.digest[:12]} is for {expected} layers, kinds and channels, the chunks are {shape}")
+        return found

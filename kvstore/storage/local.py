@@ -86,6 +86,16 @@ class LocalStorage:
         except FileNotFoundError:
             return 0.0
 
+    def total(self, name: str) -> int:
+        """Bytes of the files in a folder; 0 where it is gone."""
+        with translated(str(self.path(name))):
+            return sum(p.stat().st_size for p in self.path(name).rglob("*") if p.is_file())
+
+    def touch(self, name: str) -> None:
+        """Make a folder young again: a collector leaves it alone for its grace period. Nothing where it is gone."""
+        with translated(str(self.path(name))), suppress(FileNotFoundError):
+            os.utime(self.path(name))
+
     def stage(self) -> Path:
         """A new empty folder under tmp, for one pack in the making."""
         with translated(str(self.path(TMP))):
@@ -117,8 +127,7 @@ class LocalStorage:
                 sync_folder(target.parent)
                 return True
             shutil.rmtree(staged, ignore_errors=True)
-            with suppress(FileNotFoundError):
-                os.utime(target)  # young again: a collector leaves it alone until the snapshot that needs it is there
+            self.touch(name)  # a collector leaves it alone until the snapshot that needs it is there
             return False
 
     def _clear_damage(self, staged: Path, name: str) -> None:

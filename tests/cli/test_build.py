@@ -24,7 +24,7 @@ def files(path: Path) -> list[tuple[str, int]]:
 
 
 def test_the_summary_names_everything(sample: Path, built: Path) -> None:
-    ran = run_main("build", sample, "--store", built, "--regime", "both", "--lossless")
+    ran = run_main("build", sample, "--store", built, "--regime", "both", "--lossless", "--codec", "scalar")
     assert ran.status == 0 and ran.err == ""  # the store's own model, so no warning
     assert ran.out.startswith("3 documents: 0 compiled, 3 unchanged, 0 removed, 0 skipped\n")
     assert f"{built}, snapshot 1: serves one document directly after the head exactly" in ran.out
@@ -32,7 +32,7 @@ def test_the_summary_names_everything(sample: Path, built: Path) -> None:
 
 def test_building_twice_writes_nothing(sample: Path, built: Path) -> None:
     before = files(built)
-    found = run_json("build", sample, "--store", built, "--regime", "both", "--lossless")
+    found = run_json("build", sample, "--store", built, "--regime", "both", "--lossless", "--codec", "scalar")
     assert (found["compiled"], found["unchanged"], found["segments"], found["packs"]) == (0, 3, 0, [])
     assert files(built) == before
 
@@ -171,7 +171,7 @@ def test_a_real_interrupt(tmp_path: Path) -> None:
     (tmp_path / "corpus").mkdir()
     for n in range(400):
         (tmp_path / "corpus" / f"{n:03}.md").write_text(f"The keeper of the red door {n} is Mercer. " * 10)
-    words = ["build", str(tmp_path / "corpus"), "--store", str(tmp_path / "s"), "--model", "bundled"]
+    words = ["build", str(tmp_path / "corpus"), "--store", str(tmp_path / "s"), "--codec", "scalar", "--model", "bundled"]
     code = "import sys, torch; torch.set_num_threads(1); from kvstore.cli.main import main; sys.exit(main(sys.argv[1:]))"
     child = subprocess.Popen([sys.executable, "-c", code, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while child.poll() is None and not list(tmp_path.glob("s/.kvstore/tmp/*/t0/*")):

@@ -54,7 +54,7 @@ def test_several_documents_side_by_side(built: Path) -> None:
         (["--tier", "standard"], "standard"),
         (["--tier", "fine"], "fine"),
         (["--max-kl", "0"], "lossless"),
-        (["--max-kl", "0.5"], "lossless"),
+        (["--max-kl", "0.5"], "cheapest"),
         (["--max-bytes", "300K"], "fine"),
         (["--max-bytes", "120000"], "standard"),
         (["--deadline", "60"], "lossless"),
@@ -63,7 +63,9 @@ def test_several_documents_side_by_side(built: Path) -> None:
 )
 def test_wishes_for_quality(built: Path, tmp_path: Path, wish: list[str], tier: str) -> None:
     receipt = run_json("load", "silver-tower.md", "--out", tmp_path / "a.safetensors", "--store", built, *wish)["receipt"]
-    assert (receipt["tier"], receipt["source"]) == (tier, "silver-tower.md")
+    tiers = Store(built)["silver-tower.md"].tiers
+    assert (receipt["tier"], receipt["source"]) == (tiers[0] if tier == "cheapest" else tier, "silver-tower.md")
+    assert receipt["kl"] == Store(built)["silver-tower.md"].quality[receipt["tier"]]
 
 
 def test_wishes_that_cannot_be_met(built: Path, tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""What the transform codec learns for one model, and learning it."""
