@@ -22,7 +22,7 @@ import kvstore
 from kvstore import Document
 
 AHEAD = 256
-CODECS = {"raw": {"codec": "raw"}, "lossless": {"codec": "lossless"}, "scalar": {"codec": "scalar"}}
+CODECS = {"raw": {"codec": "raw"}, "lossless": {"codec": "lossless"}, "scalar": {"codec": "scalar"}, "transform": {"codec": "transform"}}
 
 
 def main() -> None:

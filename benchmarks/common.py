@@ -28,13 +28,21 @@ def parser(description: str) -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=description)
     p.add_argument("--corpus", type=Path, help="folder of text or Markdown files (default: Python's own help topics)")
     p.add_argument("--model", help="path of a model (default: the bundled one)")
+    p.add_argument(
+        "--dtype", help="run the model in this dtype (default: its own); where bfloat16 is not in the processor, float32 is the harder test"
+    )
     p.add_argument("--runs", type=int, default=9, help="timed repetitions of each side (default: 9)")
     return p
 
 
 def model_of(args: argparse.Namespace) -> ModelSource:
     transformers.utils.logging.disable_progress_bar()
-    return ModelSource(args.model)
+    return ModelSource(args.model, dtype=args.dtype)
+
+
+def result_name(name: str, args: argparse.Namespace) -> str:
+    """Results of another dtype are kept beside those of the model's own."""
+    return name if args.dtype is None else f"{name}_{args.dtype}"
 
 
 def text_of(corpus: Path | None) -> str:

@@ -22,8 +22,8 @@ from common import documents, median, model_of, paired, parser, ratio, show
 from safetensors.torch import load_file, save_file
 
 import kvstore
+from kvstore.artifact import Stored
 from kvstore.codecs import get_codec
-from kvstore.store import Stored
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from texts import Ids, Texts
 Kinds = tuple[str, ...]
 MIXED, PROSE, TECHNICAL = ("prose", "facts"), ("prose",), ("technical",)
 CORE = ("plain", "cachegen", "kvtc", "pca", "ours", "one layer")
-MORE = ("plain more", "cachegen before RoPE", "pca together", "ablations", "seeds")
+MORE = ("plain more", "cachegen before RoPE", "pca together", "ablations", "seeds", "amounts")
 CALIBRATED = ("kvtc", "ours", "one layer")
 CALIBRATION_DOCUMENTS = 60
 
@@ -109,6 +109,12 @@ class Methods:
     def _seeds(self, kinds: Kinds) -> Iterator[Method]:
         for seed in range(1, 5):
             yield Ours(self.shelf.calibration(self._sequences(kinds, seed), seed=seed), f"ours, seed {seed}")
+
+    def _amounts(self, kinds: Kinds) -> Iterator[Method]:
+        """How much text is enough."""
+        for documents in (8, 16, 30, 120):
+            found = self.texts.calibration(kinds, documents)
+            yield Ours(self.shelf.calibration(found), f"ours, {round(sum(map(len, found)), -3):,} tokens learnt from")
 
     def _sequences(self, kinds: Kinds, seed: int = 0) -> list[Ids]:
         return self.texts.calibration(kinds, self.documents, seed=seed)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvstore.cli import options
@@ -73,7 +74,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
     import kvstore
 
     report = kvstore.build(
-        args.path,
+        [Path(p) for p in args.path],  # a mistyped name is no text
         options.store_path(args),
         options.model_to_build(args),
         template=args.template,
@@ -93,7 +94,8 @@ def run(args: argparse.Namespace, out: Output) -> int:
         progress=lambda r, name: out.progress(_doing(r, name)),
         **options.calibration_of(args),
     )
-    out.result(to_json(report, args.dry_run), summary(report, args.dry_run))
+    learns = args.dry_run and args.codec == "transform" and not report.calibration
+    out.result(to_json(report, args.dry_run), summary(report, args.dry_run, learns))
     if report.interrupted:
         stored = "nothing was written" if args.dry_run else _stored(report)
         out.say(f"interrupted: {stored}; run the same command again to go on")
@@ -112,13 +114,15 @@ def _stored(report: BuildReport) -> str:
     return f"snapshot {store.number} holds {count(len(store), 'document')}" if store.number else "nothing is stored"
 
 
-def summary(report: BuildReport, dry_run: bool = False) -> str:
-    """What `build` prints at its end."""
-    counts = f"{report.compiled} compiled, {report.unchanged} unchanged, {report.removed} removed, {len(report.skipped)} skipped"
+def summary(report: BuildReport, dry_run: bool = False, learns: bool = False) -> str:
+    """What `build` prints at its end. `learns`: a dry run for which the real one would calibrate first."""
+    done, removed = ("to compile", "to remove") if dry_run else ("compiled", "removed")
+    counts = f"{report.compiled} {done}, {report.unchanged} unchanged, {report.removed} {removed}, {len(report.skipped)} skipped"
     lines = [f"{count(report.documents, 'document')}: {counts}"]
     lines += [f"  skipped {safe(s.source)}: {safe(s.reason)}" for s in report.skipped]
     verb = "would be compiled" if dry_run else "compiled"
     lines.append(f"{count(report.segments, 'segment')} and {count(report.tokens, 'token')} {verb} in {report.seconds['total']:.1f} s{_parts(report)}")
+    lines += ["a calibration would be learnt from them first"] * learns
     if report.tokens and report.nbytes:
         lines.append("bytes a token: " + ", ".join(f"{tier} {n / report.tokens:,.0f}" for tier, n in report.nbytes.items()))
     if report.quality:

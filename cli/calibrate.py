@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvstore.cli import options
@@ -37,7 +38,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
     import kvstore
 
     report = kvstore.calibrate(
-        args.path,
+        [Path(p) for p in args.path],  # a mistyped name is no text
         options.store_path(args),
         options.model_to_build(args),
         tokens=args.tokens,
@@ -54,8 +55,8 @@ def run(args: argparse.Namespace, out: Output) -> int:
 
 
 def text(report: CalibrationReport) -> str:
-    learnt = f"{count(report.tokens, 'token')} of {count(report.documents, 'document')}"
-    written = f", {report.sampled:,} more written by the model" if report.sampled else ""
+    learnt = f"learnt from {count(report.tokens, 'token')}, of {count(report.documents, 'document')}"
+    written = f" and of {count(report.sampled, 'token')} that the model wrote, the documents being too little" if report.sampled else ""
     seconds = ", ".join(f"{name} {s:.1f}" for name, s in report.seconds.items() if name != "total")
     groups = f"{count(len(report.ranks), 'group')} of up to {count(report.group_layers, 'layer')}, {sum(report.ranks):,} coefficients"
     rows = [(name, f"{bits:.3f}", f"{16 / bits:.1f}x" if bits else "-", f"{kl:.2g}") for name, bits, kl in _tiers(report)]
@@ -64,7 +65,7 @@ def text(report: CalibrationReport) -> str:
         f"{groups}, {human(report.nbytes)}, {report.seconds['total']:.1f} s ({seconds})",
         table(("tier", "bits/value", "smaller", "KL"), rows).rstrip("\n"),
     ]
-    return "\n".join([*lines, _current(report)]) + "\n"
+    return "\n".join([*lines, "KL in nats a token, on text held out of the sample", _current(report)]) + "\n"
 
 
 def _tiers(report: CalibrationReport) -> list[tuple[str, float, float]]:

@@ -53,7 +53,7 @@ def _document(found: Detail, snapshot: int) -> str:
         ("root", row.root or "-"),
     ]
     lines += [(f"metadata {name}", str(value)) for name, value in row.metadata.items()]
-    return "".join(f"{safe(name) + ':':<10} {safe(value)}\n" for name, value in lines)
+    return "".join(f"{safe(name) + ':':<12} {safe(value)}\n" for name, value in lines)
 
 
 def _tiers(found: Detail) -> str:

@@ -10,9 +10,10 @@ from functools import cached_property
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, Literal
 
+from kvstore.artifact import Stored
 from kvstore.errors import InputError, KvstoreError
 from kvstore.manifest import Row
-from kvstore.store import Store, Stored
+from kvstore.store import Store
 
 if TYPE_CHECKING:
     import torch

@@ -31,8 +31,9 @@ from kvstore.policies import Policy
 from kvstore.policies import parse as parse_policy
 from kvstore.prefill import Prefiller
 from kvstore.provenance import provenance
+from kvstore.records import add_template, create
 from kvstore.snapshot import Change
-from kvstore.store import Store, add_template, create
+from kvstore.store import Store
 from kvstore.template import Renderer
 from kvstore.tokens import TextEncoder
 from kvstore.viewing import Assign, Assigner, nobody
@@ -124,13 +125,14 @@ def build(
     source = model if isinstance(model, ModelSource) else ModelSource(model, tokenizer, dtype=dtype, device=device)
     wanted = Choices(metric, tiers=tiers, target_kl=target_kl, target_ratio=target_ratio)
     wanted.check()
+    chosen = parse_policy(policy)
     corpus = Corpus(documents, include, strict)
     with ExitStack() as scratch:
         job = _Job(_opened(store, dry_run, scratch), source, progress, limits, dry_run)
         job.report.store, job.roots = str(store), reading.roots_of(documents)
         room = source.context_tokens
         rules = Rules(regime, passage_tokens, long, room, reserve if reserve is not None else min(512, room // 4))
-        job.policy = parse_policy(policy)
+        job.policy = chosen
         job.prepare(template, system, codec, lossless, rules, lambda renderer: job.calibrated(renderer, corpus, wanted, recalibrate))
         job.certifier = Certifier(source.identity, job.planner.layout, job.encoding, "none" if dry_run else certify, certify_documents)
         job.run(corpus, strict)

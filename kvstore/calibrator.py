@@ -25,7 +25,8 @@ from kvstore.manifest import FORMAT, Layout
 from kvstore.models import ModelSource
 from kvstore.plan import template_in
 from kvstore.provenance import provenance
-from kvstore.store import Store, create
+from kvstore.records import create
+from kvstore.store import Store
 from kvstore.template import Renderer
 from kvstore.tokens import TextEncoder
 

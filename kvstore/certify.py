@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from kvstore.artifact import Stored
 from kvstore.calibration import registry
 from kvstore.certificates import ArtifactScore, QualityReport, TierScore, add_report, make_report
 from kvstore.decode import Decoder, Piece, allocate
@@ -36,8 +37,9 @@ from kvstore.plan import Planned, Task
 from kvstore.prefill import Chain, Prefiller
 from kvstore.scoring import Scores, compare, logits_after
 from kvstore.storage.local import LocalStorage
-from kvstore.store import Store, Stored
+from kvstore.store import Store
 from kvstore.viewing import Assign, nobody
+from kvstore.wording import count
 
 CertifyRule = Literal["none", "sample", "all"]
 DOCUMENTS = 8
@@ -122,19 +124,19 @@ class Certifier:
         scored = list(_Scorer(self.model, prefiller, self.lossy, pool, assign).run(sampled))
         broken = [s.source for s, _, scores in scored if not all(x.finite for x in scores.values())]
         if broken:
-            found.notes.append(f"the model's output after the stored values of {', '.join(broken)} is not finite: not certified")
-        sound = [(s, noise, scores) for s, noise, scores in scored if s.source not in broken]
-        if sound:
-            found.report = self._report(sound, provenance)
+            found.notes.append(f"no quality report: the model's output after the stored values of {', '.join(broken)} is not finite")
+        else:  # a report of the others would promise what these do not keep
+            found.report = self._report(scored, provenance)
             add_report(store.storage, found.report)
-            self._compare(found, usual, sound)
+            self._compare(found, usual, scored)
         for note in found.notes:
             log.warning("%s", note)
         return found
 
     def _nothing(self) -> str:
-        why = [f"{self.left_out} calibrated the codec"] * bool(self.left_out) + [f"{self.short} are shorter than {LEAST} tokens"] * bool(self.short)
-        return f"no quality report: of {self.offered} new documents {' and '.join(why)}; more documents give one, until then max_kl= needs --lossless"
+        why = [f"{self.left_out} calibrated the codec"] * bool(self.left_out) + [f"{self.short} shorter than {LEAST} tokens"] * bool(self.short)
+        found = f"no quality report: nothing to score in {count(self.offered, 'new document')} ({', '.join(why)})"
+        return f"{found}; more documents give one, until then max_kl needs --lossless"
 
     def _report(self, scored: Sequence[tuple[Sampled, float, Mapping[str, Scores]]], provenance: dict[str, str]) -> QualityReport:
         artifacts = [
@@ -173,8 +175,8 @@ class Certifier:
         found.poor_fit = list(dict.fromkeys(bad))
         if bad:
             named = ", ".join(found.poor_fit[:8]) + (" ..." if len(found.poor_fit) > 8 else "")
-            remedy = "--recalibrate, or --lossless" if self.calibrated else "--lossless, or a finer tier"
-            found.notes.append(f"{named}: KL at {finest} is more than twice the usual {usual:.2g}; the encoding fits badly ({remedy})")
+            remedy = "--recalibrate learns from these documents, --lossless stores every bit" if self.calibrated else "--lossless stores every bit"
+            found.notes.append(f"{named}: KL at {finest} is more than twice the usual {usual:.2g}, the encoding fits badly; {remedy}")
 
 
 def _texts(encoding: Encoding) -> set[str]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from kvstore.artifact import Stored, tier_chain
 from kvstore.decode import KV, Decoder, Piece, allocate
 from kvstore.errors import IncompatibleError, InputError, NotFoundError
 from kvstore.families.assemble import dynamic_cache, share, static_cache
@@ -20,7 +21,7 @@ from kvstore.models import ModelSource
 from kvstore.prefill import Prefiller
 from kvstore.quality import Quality
 from kvstore.receipt import DocumentReceipt, Receipt
-from kvstore.store import Store, Stored, tier_chain
+from kvstore.store import Store
 
 if TYPE_CHECKING:
     from transformers import Cache

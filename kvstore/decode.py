@@ -17,12 +17,12 @@ import numpy.typing as npt
 import torch
 
 from kvstore.arrays import stored_type
+from kvstore.artifact import Stored, policy_of, tier_chain
 from kvstore.codecs import codec_of
 from kvstore.devices import free_memory, known_device
 from kvstore.errors import IncompatibleError, KvstoreError, ResourceError
 from kvstore.families.rope import Angles, cos_sin, rotate
 from kvstore.manifest import Layout, RopeRecord, Tier
-from kvstore.store import Stored, policy_of, tier_chain
 
 TORCH = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 KV = tuple[torch.Tensor, torch.Tensor]

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from kvstore.artifact import Artifact, Stored, tier_chain
 from kvstore.certificates import Source
 from kvstore.inventory import CalibrationTotal, calibrations_in, raw_token_nbytes, regimes_of
 from kvstore.manifest import Row
-from kvstore.store import Artifact, Store, Stored, tier_chain
+from kvstore.store import Store
 
 
 @dataclass(frozen=True)

@@ -13,17 +13,18 @@ import numpy as np
 import torch
 
 from kvstore.answering import generated_ids, last_logits
+from kvstore.artifact import tier_chain
 from kvstore.asking import Case, exact_match, f1
 from kvstore.certificates import t95
 from kvstore.compose import Prompt, Reuse
 from kvstore.errors import InputError, NotFoundError
 from kvstore.scoring import compare, logits_after
-from kvstore.store import tier_chain
 
 if TYPE_CHECKING:
     from kvstore.api import OpenStore
 
 FEW = 30  # questions below which the advice says that a small loss would not show
+SLACK = 0.05  # of F1: what loses more is not advised even where it may be chance, as with three questions it always may
 
 
 @dataclass(frozen=True)
@@ -217,7 +218,7 @@ def measurably_below(changes: Sequence[float]) -> bool:
 
 
 def advice(live: LiveTotal, totals: Sequence[Total]) -> str:
-    """One line: the cheapest tier whose answers do not differ measurably, else what to do."""
+    """One line: the cheapest tier whose answers are about as good, and not measurably worse; else what to do."""
     if live.f1 < 0.1:
         return f"the live answers are wrong already (F1 {live.f1:.2f}): nothing can be said about the store; ask what the model can answer"
     modes = dict.fromkeys(t.reuse for t in totals)
@@ -227,7 +228,7 @@ def advice(live: LiveTotal, totals: Sequence[Total]) -> str:
 
 def _advice(totals: Sequence[Total]) -> str:
     """Of one reuse mode."""
-    good, way = [t for t in totals if not t.differs], f"--reuse {totals[0].reuse}"
+    good, way = [t for t in totals if not t.differs and t.f1_change >= -SLACK], f"--reuse {totals[0].reuse}"
     best = min(good, key=lambda t: t.nbytes) if good else max(totals, key=lambda t: t.f1)
     f1s = f"F1 {best.f1:.2f}, live {best.f1 - best.f1_change:.2f}"
     if good:

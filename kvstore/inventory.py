@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from kvstore.artifact import tier_chain
 from kvstore.calibration import shelf
 from kvstore.calibration.record import CalibrationRecord
 from kvstore.calibration.shelf import CALIBRATIONS
@@ -17,7 +18,8 @@ from kvstore.certificates import TierQuality
 from kvstore.errors import FormatError, IntegrityError, NotFoundError
 from kvstore.manifest import Encoding, Layout, Row, zarr_group
 from kvstore.pack import PACKS, Pack
-from kvstore.store import MODELS, Store, tier_chain
+from kvstore.records import MODELS
+from kvstore.store import Store
 
 REGIMES = ("prefix", "isolated")
 Sizes = dict[bytes, int]

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from kvstore.artifact import Artifact
 from kvstore.compose import Composer, Prompt
 from kvstore.decode import KV, Decoder, Piece, allocate
 from kvstore.errors import InputError
 from kvstore.quality import Quality
 from kvstore.receipt import Receipt
-from kvstore.store import Artifact
 
 if TYPE_CHECKING:
     from transformers import Cache

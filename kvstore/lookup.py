@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from kvstore.artifact import Stored
 from kvstore.documents import Document, Skipped, from_objects, text_digest
 from kvstore.errors import InputError, NotFoundError
 from kvstore.identity import Context
 from kvstore.manifest import Layout, Model, Row
 from kvstore.passages import passage_names, plan_document
 from kvstore.plan import Rules
-from kvstore.store import Store, Stored, describe
+from kvstore.store import Store, describe
 from kvstore.template import Renderer
 from kvstore.tokens import TextEncoder
 

@@ -15,7 +15,8 @@ from kvstore.families.measure import require_layout
 from kvstore.fingerprint import check_probe, model_at, model_of, probe_ids, probe_sketch
 from kvstore.identity import require_same
 from kvstore.manifest import FORMAT, Layout, Model, ModelRecord
-from kvstore.store import Store, add_model
+from kvstore.records import add_model
+from kvstore.store import Store
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

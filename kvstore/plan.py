@@ -83,6 +83,9 @@ class Planner:
 
     def __post_init__(self) -> None:
         self.prior: dict[RowId, Row] = {r.id: r for r in self.store.rows()}
+        recalibrated = older_encodings(self.store, self.encoding)
+        mine = (self.model.key, self.renderer.record.id)
+        self.older = {r.source: r for r in self.prior.values() if r.encoding in recalibrated and (r.model, r.template) == mine}
         self.taken: set[str] = set()
         head, anchor = tuple(self.renderer.head_ids), tuple(self.renderer.anchor_ids)
         self.head_task = self._task(Context.root(), (), head)
@@ -104,6 +107,7 @@ class Planner:
         text = text_digest(document.text)
         tasks: tuple[Task, ...] = ()
         prior = self.prior.get((document.source, self.model.key, self.renderer.record.id, self.encoding.id))
+        before = prior or self.older.get(document.source)  # a new calibration takes the place of the old one: what held there holds on
         if prior is not None and self._still_true(prior, text):
             passages = prior.passages
         else:
@@ -118,7 +122,7 @@ class Planner:
             if isinstance(texts, Skipped):
                 self.skipped.append(texts)
                 return None
-            keep = set(REGIMES[self.rules.regime]) | self._regimes_of(prior, text)
+            keep = set(REGIMES[self.rules.regime]) | self._regimes_of(before, text)
             done = [self._passage(tuple(self.renderer.document(t)), keep) for t in texts]
             passages, tasks = tuple(p for p, _ in done), (self.head_task, *(t for _, ts in done for t in ts))
         row = Row(
@@ -130,7 +134,7 @@ class Planner:
             self.rules.recipe,
             self.head_task.key,
             passages,
-            root_of(document, prior),
+            root_of(document, before),
             dict(document.metadata),
         )
         return Planned(row, self._missing(tasks), row != prior)
@@ -208,11 +212,16 @@ def superseded(
     """Rows of this build's model and template that only differ in their calibration: of what it compiled anew, and of what is gone from its roots."""
     model, template, mine = planned_for
     rows = [r for r in store.rows() if (r.model, r.template) == (model, template) and r.encoding != mine]
-    if not rows or _uncalibrated(encoding) is None:
-        return ()
-    older = {i for i, e in store.encodings().items() if i != mine and _uncalibrated(e) == _uncalibrated(encoding)}
+    older = older_encodings(store, encoding) if rows else set()
     left = [r for r in rows if r.encoding in older and r.source not in unreadable]
     return tuple(r.id for r in left if r.source in seen or _synced(r.root, roots))
+
+
+def older_encodings(store: Store, encoding: Encoding) -> set[str]:
+    """Encodings (ids) of the store that only differ from this one in their calibration."""
+    if _uncalibrated(encoding) is None:
+        return set()
+    return {i for i, e in store.encodings().items() if i != encoding.id and _uncalibrated(e) == _uncalibrated(encoding)}
 
 
 def _uncalibrated(encoding: Encoding) -> tuple[CodecSpec, ...] | None:

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvstore.arrays import stored_type
+from kvstore.artifact import Stored, tier_chain
 from kvstore.certificates import Certified, worst
 from kvstore.codecs import codec_of
 from kvstore.errors import IncompatibleError, InputError, ResourceError
 from kvstore.manifest import Encoding, Tier
-from kvstore.store import Stored, tier_chain
 
 
 @dataclass(frozen=True)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from kvstore.artifact import Stored
 from kvstore.decode import KV, Decoder, Piece, allocate
 from kvstore.families.assemble import dynamic_cache, share
 from kvstore.families.masking import masks
 from kvstore.manifest import Layout, Regime, Row, TemplateRecord, Tier
 from kvstore.prefill import Prefiller
-from kvstore.store import Stored
 
 if TYPE_CHECKING:
     from transformers import Cache
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 CONTINUATION = 32
 # Beyond these (nats a token) stored values are not the model's. Rounding on another machine stays far below the first.
 EXACT_KL, LOSSY_KL = 0.02, 1.0
+NOT_FINITE = sys.float_info.max  # the KL of output that is not finite: no comparison with NaN would ever find it too large
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,8 @@ def _check(
     found = _distributions(prefiller.model, dynamic_cache(prefiller.model.config, layers), following)
     kl = float((wanted.exp() * (wanted - found)).sum(-1).mean())
     agreement = float((wanted.argmax(-1) == found.argmax(-1)).float().mean())
-    return TierCheck(place.row.source, place.passage, place.regime, tier.name, tier.exact, equal, max(0.0, kl), agreement)
+    kl = max(0.0, kl) if math.isfinite(kl) else NOT_FINITE
+    return TierCheck(place.row.source, place.passage, place.regime, tier.name, tier.exact, equal, kl, agreement)
 
 
 def _replaced(live: Cache, stored: Stored, tier: str, start: int, layout: Layout, decoder: Decoder, masked: bool) -> list[KV]:

@@ -5,94 +5,34 @@ from __future__ import annotations
 import logging
 import os
 import unicodedata
-import uuid
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from kvstore.arrays import probe_metadata
+from kvstore.artifact import Artifact, Stored
 from kvstore.calibration import registry, shelf
 from kvstore.calibration.record import Calibration, CalibrationRecord
 from kvstore.calibration.shelf import CALIBRATIONS
-from kvstore.certificates import Certified, Known, merge, read_reports, report_names, worst
-from kvstore.codecs.masked import drops
-from kvstore.digest import sha256
+from kvstore.certificates import Certified, Known, merge, read_reports, report_names
 from kvstore.errors import FormatError, InputError, IntegrityError, NotFoundError, StorageError
-from kvstore.identity import artifact_id
 from kvstore.index import Index
 from kvstore.manifest import (
-    FORMAT,
     Encoding,
-    Layout,
-    Model,
     ModelRecord,
-    Passage,
     Row,
     StoreRecord,
     TemplateRecord,
     Tier,
-    parse,
     parse_group,
-    zarr_group,
 )
-from kvstore.pack import PACKS, Pack, Segment
+from kvstore.records import MODELS, TEMPLATES, read_model, read_probe, read_template
 from kvstore.snapshot import Change, SnapshotLog
-from kvstore.storage.files import make_folder, sync_folder, translated, write_synced
 from kvstore.storage.local import LocalStorage
 
-MODELS = "models"
-TEMPLATES = ".kvstore/templates"
 log = logging.getLogger("kvstore")
-
-
-@dataclass(frozen=True)
-class Stored:
-    """One stored artifact: a segment in one encoding, ready to be planned."""
-
-    pack: Pack
-    segment: Segment
-
-    @property
-    def encoding(self) -> Encoding:
-        return self.pack.encoding
-
-    @property
-    def id(self) -> str:
-        return artifact_id(self.segment.key, self.pack.manifest.encoding_id)
-
-    @property
-    def ids(self) -> npt.NDArray[np.uint32]:
-        """uint32 [tokens]."""
-        return self.pack.ids(self.segment)
-
-    def drops(self, tier: str) -> bool:
-        """Whether tokens may be missing at `tier`. Raises NotFoundError, FormatError for a policy that this version does not know."""
-        return drops(self.encoding.codec(tier_chain(self.encoding, tier)[-1].codec).params)
-
-    def nbytes(self, tier: str | None = None) -> int:
-        """Stored bytes that a load at `tier` reads; of all tiers together by default."""
-        tiers = self.encoding.tiers if tier is None else tier_chain(self.encoding, tier)
-        return self.segment.nbytes([t.array for t in tiers])
-
-
-def policy_of(encoding: Encoding, tier: str) -> str:
-    """The token policy that a tier was encoded under."""
-    return str(encoding.codec(tier_chain(encoding, tier)[-1].codec).params.get("policy", "uniform"))
-
-
-def tier_chain(encoding: Encoding, name: str) -> tuple[Tier, ...]:
-    """The tiers that a load at `name` reads, base first. Raises NotFoundError listing what there is."""
-    tier = encoding.tier(name)
-    if tier is None:
-        there = ", ".join(t.name for t in encoding.tiers)
-        raise NotFoundError(f"no tier {name!r}; stored are {there}", remedy="choose one of them, or build another encoding")
-    wanted = {*tier.requires, tier.name}
-    return tuple(t for t in encoding.tiers if t.name in wanted)
 
 
 class Store:
@@ -292,124 +232,3 @@ def normal(source: str) -> str:
 
 def describe(row: Row) -> str:
     return f"model {row.model[:12]} template {row.template[:12]} encoding {row.encoding[:12]}"
-
-
-class Artifact:
-    """A stored document, or some passages of it, in one model, template and encoding."""
-
-    def __init__(self, store: Store, row: Row, passages: Sequence[Passage]):
-        self.store, self.row, self.passages = store, row, tuple(passages)
-
-    @property
-    def source(self) -> str:
-        return self.row.source
-
-    @property
-    def tokens(self) -> int:
-        return sum(p.tokens for p in self.passages)
-
-    @cached_property
-    def stored(self) -> list[Stored]:
-        """One a passage, in the regime that is exact in its place where there is one."""
-        return [self.store.stored(p.prefix or p.isolated or "", self.row.encoding) for p in self.passages]
-
-    @property
-    def encoding(self) -> Encoding:
-        return self.stored[0].encoding
-
-    @property
-    def layout(self) -> Layout:
-        return self.stored[0].pack.layout
-
-    @property
-    def model(self) -> Model:
-        return self.store.model_record(self.row.model).model
-
-    @property
-    def tiers(self) -> list[str]:
-        return [t.name for t in self.encoding.tiers]
-
-    @property
-    def quality(self) -> dict[str, float | None]:
-        """KL divergence per tier, nats a token: 0 where the tier restores every bit, None where it was not measured.
-
-        Measured on the artifact itself where it was sampled, else the upper 95 % bound of the reports; of several passages the worst.
-        """
-        return {name: known.kl for name, known in self.known.items()}
-
-    @property
-    def known(self) -> dict[str, Known]:
-        """The same with where each figure is from: `exact`, the `artifact` itself, the `report`, or nowhere."""
-        return {t.name: worst([self.store.known(s, t) for s in self.stored]) for t in self.encoding.tiers}
-
-    def nbytes(self, tier: str | None = None) -> int:
-        return sum(s.nbytes(tier) for s in self.stored)
-
-    @property
-    def token_ids(self) -> list[int]:
-        return [int(i) for s in self.stored for i in s.ids]
-
-
-def create(path: str | Path) -> None:
-    """Make an empty store, unless there is one. Of two makers at once, one wins and both succeed."""
-    root = Path(path)
-    storage = LocalStorage(root)
-    if storage.exists("zarr.json"):
-        return
-    with translated(str(root)):
-        make_folder(root)
-        foreign = [p.name for p in root.iterdir() if p.name not in (PACKS, CALIBRATIONS, MODELS, ".kvstore", "zarr.json")]
-        if foreign:
-            raise InputError(f"{root} is not empty and not a store (found {foreign[0]})", remedy="name a new folder with --store")
-    for folder in (PACKS, CALIBRATIONS, MODELS):
-        storage.create(f"{folder}/zarr.json", zarr_group())
-    storage.create("zarr.json", zarr_group(StoreRecord(FORMAT, "store", uuid.uuid4().hex)))
-
-
-def add_model(storage: LocalStorage, record: ModelRecord, probe: npt.NDArray[np.float32]) -> None:
-    """Keep what a model is and what its probe was; the first writer wins."""
-    if storage.exists(f"{MODELS}/{record.model.key}/zarr.json"):
-        return
-    data = probe.astype("<f4").tobytes()
-    record = msgspec.structs.replace(record, probe_sha256=sha256(data))
-    record = msgspec.structs.replace(record, digest=record.own_digest())
-    with translated(f"{MODELS}/{record.model.key}"):
-        staged = storage.stage()
-        (staged / "probe").mkdir()
-        write_synced(staged / "probe" / "zarr.json", probe_metadata(list(probe.shape)))
-        write_synced(staged / "probe" / "c.0.0.0.0", data)
-        sync_folder(staged / "probe")
-        write_synced(staged / "zarr.json", zarr_group(record))
-        sync_folder(staged)
-        storage.publish(staged, f"{MODELS}/{record.model.key}")
-
-
-def read_model(storage: LocalStorage, key: str) -> ModelRecord:
-    """One model record, compared with its digest and its name. Raises NotFoundError, IntegrityError."""
-    name = f"{MODELS}/{key}/zarr.json"
-    record = parse_group(storage.read(name), ModelRecord, name)
-    if record.digest != record.own_digest() or record.model.key != key:
-        raise IntegrityError(f"{name} does not match its digest", remedy=f"remove {MODELS}/{key}: the next build writes it again")
-    return record
-
-
-def read_probe(storage: LocalStorage, record: ModelRecord) -> bytes:
-    """The probe's sketch, float32 little-endian, compared with its digest. Raises NotFoundError, IntegrityError."""
-    folder = f"{MODELS}/{record.model.key}"
-    data = storage.read(f"{folder}/probe/c.0.0.0.0")
-    if sha256(data) != record.probe_sha256:
-        raise IntegrityError(f"{folder}/probe does not match its digest", remedy=f"remove {folder}: the next build writes it again")
-    return data
-
-
-def read_template(storage: LocalStorage, id: str) -> TemplateRecord:
-    """One template, compared with its name. Raises NotFoundError, IntegrityError."""
-    name = f"{TEMPLATES}/{id}.json"
-    record = parse(storage.read(name), TemplateRecord, name)
-    if record.id != id:
-        raise IntegrityError(f"{name} does not match its name", remedy="remove it: the next build writes it again")
-    return record
-
-
-def add_template(storage: LocalStorage, record: TemplateRecord) -> None:
-    storage.create(f"{TEMPLATES}/{record.id}.json", msgspec.json.encode(record, order="deterministic"))

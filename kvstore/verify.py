@@ -20,10 +20,11 @@ from kvstore.identity import make_model
 from kvstore.manifest import ModelRecord, Row, Snapshot, StoreRecord, TemplateRecord, parse_group, zarr_group
 from kvstore.pack import PACKS, Pack
 from kvstore.quality_upkeep import report_findings
+from kvstore.records import MODELS, TEMPLATES, read_model, read_probe, read_template
 from kvstore.snapshot import FOLDER as SNAPSHOTS
 from kvstore.snapshot import Rows, SnapshotLog, apply, file_name
 from kvstore.storage.local import LocalStorage
-from kvstore.store import MODELS, TEMPLATES, Store, read_model, read_probe, read_template
+from kvstore.store import Store
 from kvstore.tags import FOLDER as TAGS
 from kvstore.tags import list_tags
 from kvstore.verify_calibrations import Severity, calibration_findings, link_findings, pack_findings

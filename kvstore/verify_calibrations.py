@@ -54,7 +54,9 @@ def _chain(storage: LocalStorage, model: str, known: Known) -> Iterator[Finding]
             yield where, "does not follow from the link before it", "error"
         before = link.calibration
         if link.calibration not in known:
-            yield where, f"its calibration {link.calibration[:12]} is missing or damaged", "error" if number == numbers[-1] else "notice"
+            newest = number == numbers[-1]
+            lacks = "is missing or damaged" if newest else "is no longer stored; a later one has taken its place"
+            yield where, f"its calibration {link.calibration[:12]} {lacks}", "error" if newest else "notice"
         elif known[link.calibration].model != model:
             yield where, f"its calibration {link.calibration[:12]} is for another model", "error"
 

@@ -13,11 +13,12 @@ from zarr.abc.store import Store as ZarrStore
 from zarr.core.buffer import Buffer, BufferPrototype
 
 from kvstore.arrays import stored_type
+from kvstore.artifact import tier_chain
 from kvstore.codecs import codec_of
 from kvstore.errors import NotFoundError
 from kvstore.manifest import zarr_group
 from kvstore.pack import Pack
-from kvstore.store import Store, tier_chain
+from kvstore.store import Store
 from kvstore.zarr_json import LITTLE, array_metadata
 
 if TYPE_CHECKING:

@@ -15,7 +15,8 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, ClassVar
 
-from tests.plain_codecs import DECODERS, Header, header
+from tests import plain_transform
+from tests.plain_codecs import DECODERS, Header, Words, header
 
 TAGS: dict[type, Callable[[Any], tuple[bytes, bytes]]] = {
     type(None): lambda v: (b"n", b""),
@@ -133,21 +134,46 @@ class PlainPack:
         """Values [layers, 2, tokens, channels] in C order: whole numbers (bit patterns) or floats."""
         tier = next(t for t in self.tiers if t["name"] == name)
         chain = [i for i, t in enumerate(self.tiers) if t["name"] in (*tier["requires"], name)]
-        params = next(c for c in self.encoding["codecs"] if c["name"] == tier["codec"])["params"]
+        codec = next(c for c in self.encoding["codecs"] if c["name"] == tier["codec"])
+        learned = PlainCalibration.of(self, codec)
         stored = [self.records(row, i) for i in chain]
         out: list[Any] = [None] * (self.layout["layers"] * 2 * row.tokens * self.channels)
         for g in range(len(stored[0])):
             for b in range(len(stored[0][0])):
-                unit = [s[g][b] for s in stored]
-                values: list[Any] = DECODERS[tier["codec"]](unit, params, self.layout["dtype"])
+                unit, dropped = undropped([s[g][b] for s in stored], codec["params"])
+                values = self._values(unit, codec, learned)
+                for i, value in dropped:
+                    values[i] = value
                 self._place(values, header(unit[0]), row.tokens, g, b, out)
         return out
+
+    def _values(self, unit: list[bytes], codec: Any, learned: list[plain_transform.Calibrated]) -> list[Any]:
+        """[layers, 2, tokens, channels] of a unit."""
+        if codec["name"] != "transform":
+            return DECODERS[codec["name"]](unit, codec["params"], self.layout["dtype"])
+        rows = plain_transform.values(unit, learned, self.layout["dtype"])
+        return [v for first in range(0, len(rows[0]), self.channels) for row in rows for v in row[first : first + self.channels]]
 
     def _place(self, values: list[Any], head: Header, tokens: int, g: int, b: int, out: list[Any]) -> None:
         width, first = head.tokens * self.channels, b * self.encoding["block_tokens"]
         for plane in range(2 * head.layers):
             at = ((2 * g * self.encoding["group_layers"] + plane) * tokens + first) * self.channels
             out[at : at + width] = values[plane * width : (plane + 1) * width]
+
+
+def undropped(unit: list[bytes], params: Any) -> tuple[list[bytes], list[tuple[int, float]]]:
+    """Section 6.7: the codec's own records, and the places of dropped values with what stands there."""
+    if "rest=drop" not in params.get("policy", "").replace(":", ",").split(","):
+        return unit, []
+    h, words = header(unit[0]), Words(unit[0])
+    heads, per_head = words.take("<HH")
+    words.take(f"<{h.layers * heads}B")
+    each, width = -(-h.tokens // 32), h.channels // heads
+    masks = [words.take(f"<{each}I") for _ in range(h.layers * heads if per_head else 1)]
+    gone = [(plane, t, head) for plane in range(2 * h.layers) for t in range(h.tokens) for head in range(heads)
+            if masks[plane // 2 * heads + head if per_head else 0][t // 32] >> t % 32 & 1]  # fmt: skip
+    places = [((plane * h.tokens + t) * h.channels + head * width, (float("nan"), 0.0)[plane % 2]) for plane, t, head in gone]
+    return [unit[0][:12] + unit[0][words.at :], *unit[1:]], [(first + c, value) for first, value in places for c in range(width)]
 
 
 class PlainCalibration:
@@ -162,6 +188,20 @@ class PlainCalibration:
         for name, entry in self.record["files"].items():
             content = (folder / name).read_bytes()
             assert (len(content), hashlib.sha256(content).hexdigest()) == (entry["bytes"], entry["sha256"])
+
+    @classmethod
+    def of(cls, pack: PlainPack, codec: Any) -> list[plain_transform.Calibrated]:
+        """What a codec of a pack needs, group by group; nothing where it names no calibration."""
+        if codec["calibration"] is None:
+            return []
+        mine = cls(pack.folder.parents[1] / "calibrations" / codec["calibration"])
+        return [mine.calibrated(g) for g in range(len(mine.record["ranks"]))]
+
+    def calibrated(self, group: int) -> plain_transform.Calibrated:
+        r, weights, thirds = self.record, self.array("weights")[1], self.array("thirds")[1]
+        tables = [weights[i : i + 128] for i in range(0, len(weights), 128)], [thirds[i : i + 3] for i in range(0, len(thirds), 3)]
+        classes = self.array(f"g{group}/classes")[1]
+        return plain_transform.Calibrated(classes, *tables, r["tiers"], r["least"], r["step"], r["shrink"], self.mean(group), self.synthesis(group))
 
     def array(self, name: str) -> tuple[list[int], list[Any]]:
         """Shape and values."""

@@ -27,9 +27,10 @@ from kvstore.manifest import (
     Tier,
 )
 from kvstore.pack_writer import PackWriter
+from kvstore.records import add_model, add_template, create
 from kvstore.snapshot import Change
 from kvstore.storage.local import LocalStorage
-from kvstore.store import Store, add_model, add_template, create
+from kvstore.store import Store
 
 ROPE = RopeRecord(0, 8, "half", np.asarray([1.0, 0.5, 0.25, 0.125], "<f4").tobytes().hex(), 1.0, "model", "default")
 LAYOUT = Layout(3, 2, 8, "bfloat16", "hooked", (0, None, 0), (ROPE,))

@@ -720,6 +720,7 @@ def test_gc_collects_with_the_last_pack(store: Store) -> None:
     assert collect(store, **NOW).calibrations_removed == [CALIBRATION.digest]
     report = verify(store)
     assert report.ok and shelf.link_name(MODEL.key, 1) in [p.where for p in report.problems if p.severity == "notice"]
+    assert any("no longer stored" in p.what for p in report.problems)
 
 
 def test_gc_waits_for_the_grace_period(store: Store) -> None:

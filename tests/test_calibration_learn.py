@@ -342,3 +342,23 @@ def test_calibrating_again_replaces_what_is_stored(small: tuple[Any, Any], tmp_p
     assert len(kvstore.open(path).rows()) == 4
     third = kvstore.build(corpus()[:4], path, model, tokenizer, metric="identity", recalibrate=True, **options)
     assert (third.compiled == 4 and third.calibration not in (first.calibration, second.calibration)) or third.calibration == first.calibration
+
+
+def test_calibrating_again_forgets_no_regime_and_no_file(small: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = small
+    monkeypatch.setattr(learn, "LEAST", 512)
+    monkeypatch.setattr("kvstore.calibration.target.TRIES", 1)
+    path, options = tmp_path / "kv.zarr", {"reserve": 16, "certify": "none", "metric": "identity", "system": "Be brief."}
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.md").write_text(text(len(name) + ord(name[0])))
+    kvstore.build([tmp_path / "one"], path, model, tokenizer, regime="both", **options)
+    (before,) = kvstore.open(path).rows()
+    kvstore.build([tmp_path / "one"], path, model, tokenizer, recalibrate=True, target_kl=0.1, **options)
+    (after,) = kvstore.open(path).rows()
+    assert after.encoding != before.encoding and after.passages == before.passages
+    assert after.passages[0].isolated not in (None, after.passages[0].prefix)
+    kvstore.calibrate([tmp_path / "one"], path, model, tokenizer, metric="identity", target_kl=0.2)
+    with pytest.raises(InputError, match="names two files"):  # a.md of the other folder would be gone
+        kvstore.build([tmp_path / "two"], path, model, tokenizer, **options)
+    assert [r.id for r in kvstore.open(path).rows()] == [after.id]

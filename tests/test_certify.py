@@ -220,7 +220,7 @@ def test_what_calls_for_no_report(build: Any) -> None:
 def test_short_documents_give_none_and_it_is_said(build: Any, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "kvstore"):
         report = build([Document("The keeper is Mercer.", "a"), Document("The owner is Vickers.", "b")])
-    assert report.quality == {} and "no quality report: of 2 new documents 2 are shorter than 32 tokens" in report.notes[0]
+    assert report.quality == {} and "nothing to score in 2 new documents (2 shorter than 32 tokens)" in report.notes[0]
     assert kvstore.open(report.store)["a"].quality == {"standard": None, "fine": None}
 
 
@@ -290,10 +290,17 @@ def test_documents_that_fit_badly_are_named(build: Any, caplog: pytest.LogCaptur
 
 
 def test_output_that_is_not_finite_gives_no_certificate(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = compare
-    monkeypatch.setattr(certify, "compare", lambda live, found, following: replace(whole(live, found, following), change=float("nan")))
-    report = build(documents(NAMES[0]))
+    whole, calls = compare, iter(range(100))
+
+    def broken(live: Any, found: Any, following: Any) -> Any:
+        """Two noise floors, two tiers of the first document, then those of the second: one of them."""
+        return replace(whole(live, found, following), change=float("nan") if next(calls) == 4 else 0.0)
+
+    monkeypatch.setattr(certify, "compare", broken)
+    report = build(documents(*NAMES[:2]))
     assert report.quality == {} and "not finite" in report.notes[0]
+    found = kvstore.open(report.store)
+    assert report_names(found.storage, encoding_of(found)) == []  # that of the sound one would promise the other's quality
 
 
 # what loads make of it

@@ -163,6 +163,8 @@ def test_advice() -> None:
     said = advice(live, rows)
     assert said.startswith("--reuse prefix: --tier standard is the cheapest") and "live 0.90" in said
     assert "4.0 times sooner" in said and "\n" not in said
+    unsure = [total("draft", 0.4, 10, differs=False), *rows[1:]]  # three questions cannot tell: what loses so much is not advised all the same
+    assert "--tier standard" in advice(live, unsure) and "every tier loses" in advice(live, unsure[:1])
     assert "best: draft" in advice(live, rows[:1]) and "--lossless" in advice(live, rows[:1])
     lost = [total("fine", 0.6, 30, differs=True, reuse="blocks")]
     assert "--reuse blocks: every tier loses answers" in advice(live, [*rows, *lost]) and "one document at a time" in advice(live, lost)

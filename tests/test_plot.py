@@ -26,7 +26,8 @@ from kvstore.plotting.data import EncodingPlot, collect, kind_totals
 from kvstore.plotting.files import write
 from kvstore.plotting.page import page
 from kvstore.plotting.svg import frame_of
-from kvstore.store import Store, add_model, add_template, create
+from kvstore.records import add_model, add_template, create
+from kvstore.store import Store
 
 SVG = "{http://www.w3.org/1999/xhtml}svg"
 HOSTILE = "</td><script>alert(1)</script>&\"'\x1b[2J\u202e.md"

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from kvstore.errors import KvstoreError, StorageError
+from kvstore.records import create
 from kvstore.snapshot import Change, SnapshotLog
 from kvstore.storage import files
 from kvstore.storage.files import make_folder, same_content
 from kvstore.storage.local import LocalStorage
-from kvstore.store import create
 from tests.contracts.storage import StorageContract, stage
 from tests.synthetic import Document, build, files_of, make_store, make_units, new_writer
 

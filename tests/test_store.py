@@ -11,14 +11,16 @@ import msgspec
 import numpy as np
 import pytest
 
+from kvstore.artifact import tier_chain
 from kvstore.diff import diff
 from kvstore.errors import FormatError, InputError, IntegrityError, NotFoundError, StorageError
 from kvstore.gc import collect, remove
 from kvstore.manifest import FORMAT, StoreRecord, zarr_group
 from kvstore.match import match
+from kvstore.records import add_model, add_template, create
 from kvstore.snapshot import Change
 from kvstore.storage.local import LocalStorage
-from kvstore.store import Store, add_model, add_template, create, split_source, tier_chain
+from kvstore.store import Store, split_source
 from kvstore.verify import verify
 from tests.synthetic import (
     ENCODING,

@@ -16,7 +16,7 @@ from kvstore.errors import NotFoundError
 from kvstore.pack import NO_TOKEN, Pack
 from kvstore.store import Store
 from kvstore.zarr_view import TierStore, as_zarr
-from tests.golden import make
+from tests.golden.expected import decoded
 from tests.plain_reader import parse_row
 
 GOLDEN = max((Path(__file__).parent / "golden").glob("v[0-9]*"), key=lambda p: int(p.name[1:]))
@@ -42,7 +42,7 @@ def whole(pack: Pack, tier: str, dtype: np.dtype[Any], fill: Any) -> np.ndarray[
     """What a reader of the whole token axis must see: [layers, 2, slots, channels], padding filled."""
     out = np.full((pack.layout.layers, 2, pack.manifest.slots, pack.layout.channels), fill, dtype)
     for segment in map(pack.segment, range(len(pack.rows))):
-        out[:, :, segment.start : segment.start + segment.tokens] = make.decoded(pack, segment, tier)
+        out[:, :, segment.start : segment.start + segment.tokens] = decoded(pack, segment, tier)
     return out
 
 

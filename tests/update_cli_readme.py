@@ -63,11 +63,19 @@ def run_shown(command: str) -> Ran:
     return run_main(*words)
 
 
+def output_now(command: str) -> str:
+    """Raises RuntimeError where it fails: the page shows what works."""
+    ran = run_shown(command)
+    if ran.status:
+        raise RuntimeError(f"{command}: {ran.err}")
+    return ran.out
+
+
 def rewritten(text: str) -> str:
     """The page with the output that its commands have now."""
 
     def block(found: re.Match[str]) -> str:
-        again = "".join(f"$ {s.command}\n{run_shown(s.command).out}" for s in shown(found[2]))
+        again = "".join(f"$ {s.command}\n{output_now(s.command)}" for s in shown(found[2]))
         return f"```{found[1]}\n{again}```"
 
     return _BLOCK.sub(block, text)

@@ -70,12 +70,24 @@ def test_what_cannot_be_compiled_is_named(corpus: Path, tmp_path: Path) -> None:
     assert len(run_json(*words)["skipped"]) == 2
 
 
+def test_a_mistyped_name_is_no_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the library a lone word may be a text, on the command line it is always a path."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("build", "calibrate"):
+        found = run_json(name, "corpsu", "--store", tmp_path / "s", "--model", "bundled", status=2)["error"]
+        assert "no file or folder at corpsu" in found["message"] and found["code"] == "no-path"
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_dry_run_writes_nothing(sample: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "scratch").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
     found = run_json("build", sample, "--store", tmp_path / "s", "--dry-run", "--model", "bundled")
     assert (found["compiled"], found["dry_run"]) == (3, True) and found["tokens"] > 500
-    assert "would be compiled" in run_main("build", sample, "--store", tmp_path / "s", "--dry-run", "--model", "bundled").out
+    words = ("build", sample, "--store", tmp_path / "s", "--dry-run", "--model", "bundled")
+    said = run_main(*words).out
+    assert "3 to compile" in said and "would be compiled" in said and "calibration" not in said
+    assert "a calibration would be learnt" in run_main(*words, "--recalibrate").out
     assert found["store"] == str(tmp_path / "s")
     assert [p.name for p in tmp_path.rglob("*")] == ["scratch"]
 

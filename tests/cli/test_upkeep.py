@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from cli_run import run_json, run_main
 from kvstore.cli.main import COMMANDS
 
-from kvstore import answering, bundled, demo
+from kvstore import answering, bundled, demo, relogits
 from kvstore.errors import IntegrityError
 from kvstore.relogits import TierCheck
 from kvstore.store import Store
@@ -54,6 +55,12 @@ def test_verify_logits(built: Path) -> None:
         assert check["kl"] == 0 if check["exact"] else 0 < check["kl"] < 0.05
     assert "2 of 3 segments prefilled again" in run_main("verify", "--logits", "2", "--store", built).out
     assert run_json("verify", "--logits", "0", "--store", built, status=2)["error"]["code"] == "usage"
+
+
+def test_output_that_is_not_finite_is_a_problem(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(relogits, "_distributions", lambda model, cache, following: torch.full((len(following), 8), float("nan")))
+    logits = run_json("verify", "--logits", "1", "--store", built, status=6)["logits"]
+    assert len(logits["problems"]) == 3 and all(0 < c["kl"] < float("inf") for c in logits["checks"])
 
 
 def test_verify_logits_of_segments_after_a_system_prompt(sample: Path, tmp_path: Path) -> None:
@@ -165,6 +172,8 @@ def test_demo_runs_again_and_makes_a_damaged_store_of_its_own_anew(tmp_path: Pat
     assert first["ok"] and first["right"] == len(first["asked"]) >= 3 and first["build"]["compiled"] == len(first["documents"]) == 3
     assert [t["name"] for t in first["stats"]["encodings"][0]["tiers"]] == list(first["first_token"])
     assert all(a["same"] and a["live"] == a["expected"] for a in first["asked"])
+    assert all(list(a["stored"]) == ["standard", "fine", "lossless"] for a in first["asked"])
+    assert list(first["first_token"]) == ["draft", "standard", "fine", "lossless"]
     again = run_json("demo")
     assert (again["build"]["compiled"], again["store"]) == (0, first["store"])
     (Path(first["store"]) / "zarr.json").write_text("{}")
@@ -177,6 +186,12 @@ def test_demo_fails_where_an_answer_differs(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(demo, "live_answer", lambda *given: "something else.")
     ran = run_main("demo", "--store", tmp_path / "s")
     assert ran.status == 1 and "these differ:" in ran.out and "something else" in ran.out
+
+
+def test_the_demo_promises_the_live_answer_from_fine_on() -> None:
+    asked = demo.Asked("a.md", "Who?", "Ives", "Ives", {"standard": "Iv", "fine": "Ives", "lossless": "Ives"})
+    assert asked.same
+    assert not replace(asked, stored={**asked.stored, "fine": "Iv"}).same and not replace(asked, stored={**asked.stored, "lossless": ""}).same
 
 
 def test_every_command_is_tested() -> None:

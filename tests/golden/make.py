@@ -6,7 +6,6 @@ here needs torch, a model or a random generator.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,9 +15,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kvstore.codecs import codec_class, get_codec
+from kvstore.codecs import codec_class, codec_of
 from kvstore.digest import digest, sha256
-from kvstore.identity import Context, id_bytes, make_model, segment_key
+from kvstore.identity import Context, make_model, segment_key
 from kvstore.manifest import (
     FORMAT,
     CodecSpec,
@@ -34,15 +33,18 @@ from kvstore.manifest import (
     Tier,
     ValueDtype,
 )
-from kvstore.pack import Pack, Segment
 from kvstore.pack_writer import PackWriter
+from kvstore.parts import Parts, encode_part
+from kvstore.policies import Assignment
+from kvstore.records import add_model, add_template, create
 from kvstore.snapshot import Change
 from kvstore.sources import text_digest
-from kvstore.store import Store, add_model, add_template, create, tier_chain
+from kvstore.storage.local import LocalStorage
+from kvstore.store import Store
 from kvstore.tags import add_tag
+from tests.golden.expected import expected, lines
 from tests.golden.values import Bits, bits_for, ids, mixed
 
-SAMPLE = 397  # of a lossy tier every so manieth value is kept
 PROVENANCE = {"kvstore": "golden", "machine": "none"}
 DTYPES: tuple[ValueDtype, ...] = ("bfloat16", "float16", "float32")
 
@@ -71,6 +73,13 @@ class Batch:
     @property
     def keys(self) -> list[str]:
         return [self.key(p) for p in self.pieces]
+
+    def bits(self, piece: Piece) -> Bits:
+        return bits_for(self.model.layout, piece.ids, plain=piece.plain)
+
+    def assigned(self, piece: Piece) -> Assignment | None:
+        """What a policy makes of the tokens."""
+        return None
 
 
 def layout_of(dtype: ValueDtype) -> Layout:
@@ -140,46 +149,25 @@ def _wide() -> Batch:
     return Batch("scalar-wide", record, encoding_of(["scalar"], 128, 1, value_group=64), (Piece(ids(5000, 137), Context.root(), True),))
 
 
-def units_of(batch: Batch, bits: Bits) -> dict[str, list[list[bytes]]]:
+def units_of(batch: Batch, piece: Piece) -> dict[str, list[list[bytes]]]:
     """Tier array -> units [group][block]."""
-    encoding = batch.encoding
-    codecs = {c.name: get_codec(c.name, c.version, c.params) for c in encoding.codecs}
+    encoding, layout, bits = batch.encoding, batch.model.layout, batch.bits(piece)
+    codecs = {c.name: codec_of(c, encoding, layout) for c in encoding.codecs}
+    parts, size, block = Parts(batch.assigned(piece), layout), encoding.group_layers, encoding.block_tokens
 
     def records(tier: Tier, g: int, t: int) -> bytes:
-        cell = np.ascontiguousarray(bits[g : g + encoding.group_layers, :, t : t + encoding.block_tokens])
-        return codecs[tier.codec].encode(cell, batch.model.layout.dtype)[tier.level]
+        cell = np.ascontiguousarray(bits[g : g + size, :, t : t + block])
+        return encode_part(codecs[tier.codec], cell, layout.dtype, g // size, parts.cell(g, size, t, block))[tier.level]
 
     groups, starts = range(0, bits.shape[0], encoding.group_layers), range(0, bits.shape[2], encoding.block_tokens)
     return {tier.array: [[records(tier, g, t) for t in starts] for g in groups] for tier in encoding.tiers}
-
-
-def decoded(pack: Pack, segment: Segment, tier: str) -> Bits:
-    """[layers, 2, tokens, channels]: float32, or bit patterns for an exact tier."""
-    encoding, layout = pack.encoding, pack.layout
-    tiers = tier_chain(encoding, tier)
-    spec = encoding.codec(tiers[-1].codec)
-    codec = get_codec(spec.name, spec.version, spec.params)
-    dtype = np.dtype(np.float32 if not tiers[-1].exact else np.uint32 if layout.dtype == "float32" else np.uint16)
-    out = np.empty((layout.layers, 2, segment.tokens, layout.channels), dtype)
-    units = [pack.units(segment, t.array) for t in tiers]
-    for g in range(pack.groups):
-        for b in range(len(units[0][g])):
-            start, layers = b * encoding.block_tokens, pack.group_layers(g)
-            codec.decode([u[g][b] for u in units], out[layers.start : layers.stop, :, start : start + encoding.block_tokens])
-    return out
 
 
 def write_store(path: Path) -> dict[str, str]:
     """A store with everything; batch name -> pack name."""
     create(path)
     storage = Store(path).storage
-    packs: dict[str, str] = {}
-    for batch in batches():
-        add_model(storage, batch.model, probe_of(batch.model))
-        writer = PackWriter(storage, batch.model.model.key, batch.model.layout, batch.encoding, PROVENANCE)
-        for piece in batch.pieces:
-            writer.add(batch.key(piece), piece.context, piece.ids, units_of(batch, bits_for(batch.model.layout, piece.ids, plain=piece.plain)))
-        packs[batch.name] = writer.close() or ""
+    packs = {batch.name: write_pack(storage, batch) for batch in batches()}
     add_template(storage, template())
     for change, note in changes():
         Store(path).snapshots.commit(change, note)
@@ -187,41 +175,30 @@ def write_store(path: Path) -> dict[str, str]:
     return packs
 
 
+def write_pack(storage: LocalStorage, batch: Batch) -> str:
+    """Its name."""
+    add_model(storage, batch.model, probe_of(batch.model))
+    writer = PackWriter(storage, batch.model.model.key, batch.model.layout, batch.encoding, PROVENANCE)
+    for piece in batch.pieces:
+        writer.add(batch.key(piece), piece.context, piece.ids, units_of(batch, piece))
+    return writer.close() or ""
+
+
 def changes() -> list[tuple[Change, str]]:
     """Two documents; one more, one changed; one gone."""
     named = {b.name: b for b in batches()}
     raw, one, two = named["raw"], named["scalar-1"], named["scalar-2"]
-    a = _row("a.md", raw, raw.keys[0], (Passage(18, prefix=raw.keys[1]), Passage(5, prefix=raw.keys[3])), {})
-    b = _row("notes/b.md", one, one.keys[0], (Passage(16, isolated=one.keys[1]),), {"title": "Grüße", "weight": 0.5})
-    c = _row("c.md", two, one.keys[0], (Passage(18, prefix=two.keys[0]),), {})
+    a = row_of("a.md", raw, raw.keys[0], (Passage(18, prefix=raw.keys[1]), Passage(5, prefix=raw.keys[3])), {})
+    b = row_of("notes/b.md", one, one.keys[0], (Passage(16, isolated=one.keys[1]),), {"title": "Grüße", "weight": 0.5})
+    c = row_of("c.md", two, one.keys[0], (Passage(18, prefix=two.keys[0]),), {})
     longer = (Passage(16, isolated=one.keys[1]), Passage(5, prefix=two.keys[1]))
-    again = _row("notes/b.md", one, one.keys[0], longer, {"title": "Grüße", "weight": 1.0})
+    again = row_of("notes/b.md", one, one.keys[0], longer, {"title": "Grüße", "weight": 1.0})
     return [(Change((a, b)), "first"), (Change((c, again)), "second"), (Change(removed=(a.id,)), "rm")]
 
 
-def _row(source: str, batch: Batch, head: str, passages: tuple[Passage, ...], metadata: Mapping[str, Any]) -> Row:
+def row_of(source: str, batch: Batch, head: str, passages: tuple[Passage, ...], metadata: Mapping[str, Any]) -> Row:
     return Row(source, batch.model.model.key, template().id, batch.encoding.id, text_digest(f"text of {source}"), "passages=0 long=split room=1000",
                head, passages, "", dict(metadata))  # fmt: skip
-
-
-def expected(path: Path, packs: Mapping[str, str]) -> dict[str, Any]:
-    """What reading the store must give, batch by batch and segment by segment."""
-    storage = Store(path).storage
-    found: dict[str, Any] = {"template": template().id, "models": sorted({b.model.model.key for b in batches()}), "packs": {}}
-    for batch in batches():
-        pack = Pack(storage, packs[batch.name])
-        segments = [_expected_segment(pack, pack.segment(row)) for row in range(pack.manifest.segments)]
-        found["packs"][batch.name] = {"pack": pack.name, "encoding": batch.encoding.id, "dtype": pack.layout.dtype, "segments": segments}
-    return found
-
-
-def _expected_segment(pack: Pack, segment: Segment) -> dict[str, Any]:
-    values = {t.name: decoded(pack, segment, t.name) for t in pack.encoding.tiers}
-    exact = {t.name: sha256(values[t.name].astype(values[t.name].dtype.newbyteorder("<")).tobytes()) for t in pack.encoding.tiers if t.exact}
-    lossy = {t.name: [float(v) for v in values[t.name].reshape(-1)[::SAMPLE]] for t in pack.encoding.tiers if not t.exact}
-    return {"key": segment.key, "parent": segment.parent, "context": segment.context, "position": segment.position, "tokens": segment.tokens,
-            "ids_sha256": sha256(id_bytes(pack.ids(segment).tolist())), "ranges": {a: list(r) for a, r in segment.ranges.items()},
-            "exact_sha256": exact, "lossy": lossy}  # fmt: skip
 
 
 def main(folder: Path) -> None:
@@ -229,14 +206,6 @@ def main(folder: Path) -> None:
     folder.mkdir(parents=True)
     packs = write_store(folder / "kv.zarr")
     (folder / "expected.json").write_text(lines(expected(folder / "kv.zarr", packs)), encoding="utf-8")
-
-
-def lines(found: dict[str, Any]) -> str:
-    """JSON with one line a segment."""
-    whole = json.dumps({**found, "packs": {n: {**p, "segments": "@"} for n, p in found["packs"].items()}}, indent=1, sort_keys=True)
-    for _, pack in sorted(found["packs"].items()):
-        whole = whole.replace('"@"', "[\n  " + ",\n  ".join(json.dumps(s, sort_keys=True) for s in pack["segments"]) + "]", 1)
-    return whole + "\n"
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from kvstore.store import Store
 from kvstore.tags import list_tags
 from kvstore.verify import verify
 from tests.golden import make
+from tests.golden.expected import SAMPLE, decoded
 from tests.golden.values import Bits, bits_for
 from tests.plain_reader import PlainPack
 
@@ -87,10 +88,10 @@ def check_segment(pack: Pack, row: int, wanted: dict[str, Any]) -> None:
     assert {a: list(r) for a, r in segment.ranges.items()} == wanted["ranges"]
     assert sha256(id_bytes(pack.ids(segment).tolist())) == wanted["ids_sha256"]
     for name, digest in wanted["exact_sha256"].items():
-        bits = make.decoded(pack, segment, name)
+        bits = decoded(pack, segment, name)
         assert sha256(bits.astype(bits.dtype.newbyteorder("<")).tobytes()) == digest
     for name, sample in wanted["lossy"].items():
-        np.testing.assert_allclose(make.decoded(pack, segment, name).reshape(-1)[:: make.SAMPLE], sample, rtol=1e-6, atol=0)
+        np.testing.assert_allclose(decoded(pack, segment, name).reshape(-1)[::SAMPLE], sample, rtol=1e-6, atol=0)
 
 
 def test_exact_tiers_restore_the_input_and_finer_tiers_are_closer(golden: tuple[Store, dict[str, Any]]) -> None:
@@ -99,7 +100,7 @@ def test_exact_tiers_restore_the_input_and_finer_tiers_are_closer(golden: tuple[
         pack = Pack(store.storage, found["pack"])
         for row, piece in enumerate(BATCHES[name].pieces):
             bits = bits_for(pack.layout, piece.ids, plain=piece.plain)
-            values = {t.name: make.decoded(pack, pack.segment(row), t.name) for t in pack.encoding.tiers}
+            values = {t.name: decoded(pack, pack.segment(row), t.name) for t in pack.encoding.tiers}
             assert all((values[t.name] == bits).all() for t in pack.encoding.tiers if t.exact)
             if "fine" in values:
                 coarse, fine = (np.abs(values[t] - as_float(bits, pack.layout.dtype)).mean() for t in ("standard", "fine"))
@@ -121,7 +122,7 @@ def test_a_reader_written_from_the_page_reads_the_same(golden: tuple[Store, dict
             segment, plain = ours.segment(row), theirs.rows[row]
             assert theirs.ids(plain) == ours.ids(segment).tolist()
             for tier in ours.encoding.tiers:
-                wanted = make.decoded(ours, segment, tier.name)
+                wanted = decoded(ours, segment, tier.name)
                 got = np.array(theirs.decode(plain, tier.name), wanted.dtype).reshape(wanted.shape)
                 np.testing.assert_array_equal(got.view(np.uint32 if wanted.dtype == np.float32 else wanted.dtype),
                                               wanted.view(np.uint32 if wanted.dtype == np.float32 else wanted.dtype))  # fmt: skip
