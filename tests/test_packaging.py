@@ -26,7 +26,8 @@ LAYERS = [
     "identity manifest storage bundled schemas zarr_json provenance",
     "codecs transforms quantizers policies calibration",
     "pack pack_writer arrays index snapshot tags checkpoint devices families scoring fingerprint validate",
-    "store artifact records certificates quality_upkeep reach gc collector inventory detail diff zarr_view models verify_pack calibration_gc verify_calibrations",
+    "store artifact records certificates quality_upkeep reach gc collector inventory detail diff zarr_view models "
+    "verify_pack calibration_gc verify_calibrations",
     "asking documents sources objects tables tokens vocabulary cutting template passages",
     "calibration.live calibration.sample calibration.metric calibration.attention calibration.statistics",
     "calibration.solve calibration.trial calibration.target calibration.learn plan prefill parts encode viewing placing decode quality lookup",
