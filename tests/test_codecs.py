@@ -69,6 +69,7 @@ def test_looking_up_and_peeking_import_no_compiler() -> None:
     code = """
 import sys, numpy as np
 from kvstore.codecs import NAMES, default_params, get_codec
+sys.path.append(sys.argv[1])
 from tests.synthetic_calibration import make_calibration
 calibrations = {"transform": make_calibration()}
 codecs = {name: get_codec(name, *default_params(name, head_dim=64), calibrations.get(name)) for name in NAMES}
@@ -78,7 +79,7 @@ codecs["raw"].decode(records, bits)
 assert all(codec.peek_tokens(records[0]) == 3 for codec in codecs.values())
 assert not {"numba", "zarr", "torch"} & set(sys.modules), "too much"
 """
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent.parent)], check=True)
 
 
 # lossless
