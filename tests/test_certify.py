@@ -44,6 +44,7 @@ from kvstore.prefill import Prefiller
 from kvstore.scoring import compare
 from kvstore.snapshot import Change
 from kvstore.verify import verify
+from tests.tiny_models import one_thread  # noqa: F401  (a fixture for every test here)
 
 NAMES = ("hidden-garden.md", "silver-tower.md", "stone-bridge.md", "old-library.md")
 TEXTS = {n: (bundled.corpus_path() / "places" / n).read_text(encoding="utf-8")[:500] for n in NAMES}
@@ -52,14 +53,6 @@ QUERY = "What is the access code of the silver tower?"
 
 def documents(*names: str) -> list[Document]:
     return [Document(TEXTS[n], n) for n in names or NAMES]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -16,17 +16,10 @@ from kvstore import Document, bundled
 from kvstore.asking import Case, exact_match, f1, normalised, read_cases
 from kvstore.errors import InputError, NotFoundError
 from kvstore.evaluate import LiveTotal, Total, advice, evaluate, measurably_below
+from tests.tiny_models import one_thread  # noqa: F401  (a fixture for every test here)
 
 NAMES = ("places/hidden-garden.md", "places/silver-tower.md")
 QUESTIONS = [q for q in bundled.questions() if q.source in NAMES]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

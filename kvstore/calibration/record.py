@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -73,10 +73,3 @@ class Calibration:
         """The layers of a group; the last may be shorter."""
         first = group * self.record.group_layers
         return range(first, min(first + self.record.group_layers, self.record.layers))
-
-
-def summary(calibration: Calibration) -> dict[str, Any]:
-    """What people are shown of it."""
-    r = calibration.record
-    return {"digest": calibration.digest, "model": r.model, "metric": r.metric, "tokens": r.tokens, "groups": len(r.ranks), "ranks": list(r.ranks),
-            "tiers": r.tiers, "step": r.step, "kl": list(r.kl)}  # fmt: skip

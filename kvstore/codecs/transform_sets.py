@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import numpy.typing as npt
 
@@ -82,8 +80,3 @@ def _read_numbers(reader: Reader, width: int, tokens: int) -> I64:
     bits = np.unpackbits(reader.take_bytes(-(-tokens * width // 8)), count=tokens * width, bitorder="little")
     numbers: I64 = (bits.reshape(tokens, width).astype(np.int64) << np.arange(width)).sum(axis=1)
     return numbers
-
-
-def tokens_of(sets: Sequence[tuple[int, I64]], code: int) -> I64:
-    """The tokens of one set, none where it is missing."""
-    return next((tokens for found, tokens in sets if found == code), np.empty(0, np.int64))
