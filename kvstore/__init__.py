@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from kvstore.api import OpenStore, open
     from kvstore.builder import BuildReport, build
     from kvstore.calibrator import CalibrationReport, calibrate
-    from kvstore.compose import Prompt, collate
     from kvstore.documents import Document
     from kvstore.families.masking import mask_dropped
+    from kvstore.prompt import Prompt, collate
 
 __version__ = "0.1.0"
 __all__ = [
@@ -55,9 +55,9 @@ _HOMES = {
     "BuildReport": "builder",
     "calibrate": "calibrator",
     "CalibrationReport": "calibrator",
-    "Prompt": "compose",
+    "Prompt": "prompt",
     "mask_dropped": "families.masking",
-    "collate": "compose",
+    "collate": "prompt",
     "Document": "documents",
 }
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kvstore.compose import Prompt, Reuse
+from kvstore.compose import Reuse
+from kvstore.prompt import Prompt
 
 if TYPE_CHECKING:
     from kvstore.api import OpenStore

@@ -19,12 +19,13 @@ if TYPE_CHECKING:
     import torch
     from zarr import Group
 
-    from kvstore.compose import Composer, Prompt
+    from kvstore.compose import Composer
     from kvstore.decode import Decoder
     from kvstore.loader import Prefix
     from kvstore.lookup import View
     from kvstore.match import Match
     from kvstore.models import ModelSource
+    from kvstore.prompt import Prompt
     from kvstore.verify import VerifyReport
 
 

@@ -3,83 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 
 from kvstore.artifact import Stored, tier_chain
+from kvstore.chains import Placed, document_receipt, walk
 from kvstore.decode import KV, Decoder, Piece, allocate
 from kvstore.errors import IncompatibleError, InputError, NotFoundError
-from kvstore.families.assemble import dynamic_cache, share, static_cache
-from kvstore.families.masking import require_masking
 from kvstore.families.rope import rotate
-from kvstore.identity import Context, segment_key
+from kvstore.identity import segment_key
 from kvstore.lookup import Block, View
 from kvstore.models import ModelSource
 from kvstore.prefill import Prefiller
+from kvstore.prompt import Prompt
 from kvstore.quality import Quality
 from kvstore.receipt import DocumentReceipt, Receipt
 from kvstore.store import Store
 
-if TYPE_CHECKING:
-    from transformers import Cache
-
 Reuse = Literal["prefix", "blocks"]
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt whose beginning is in a cache. `inputs` is fresh at each access: generating twice gives the same.
-
-    `masked`: tokens may be missing from the cache (their keys are NaN); only attention that masks them may have it.
-    """
-
-    input_ids: torch.Tensor
-    receipt: Receipt
-    layers: tuple[KV, ...]
-    config: Any
-    masked: bool = False
-
-    @property
-    def cache(self) -> Cache:
-        """A DynamicCache of the cached tokens, over shared tensors that generation never changes.
-
-        Raises IncompatibleError where tokens were dropped and the model does not mask them (any more).
-        """
-        self._require_masking()
-        return share(dynamic_cache(self.config, self.layers))
-
-    @property
-    def inputs(self) -> dict[str, Any]:
-        """For `model.generate(**prompt.inputs)`: all ids [1, tokens], a full mask, and a cache shorter than the prompt.
-
-        One access, one generation: generating makes the cache longer. Beams and several sequences want
-        `inputs["past_key_values"].batch_repeat_interleave(n)` first.
-        """
-        return _inputs(self.input_ids.clone(), torch.ones_like(self.input_ids), self.cache)
-
-    def _require_masking(self) -> None:
-        if self.masked:
-            require_masking(self.config, "the cache")
-
-    def static(self, max_new_tokens: int) -> dict[str, Any]:
-        """The same with a preallocated StaticCache, which does not copy the prefix at each step."""
-        self._require_masking()
-        cache = static_cache(self.config, self.layers, self.input_ids.shape[1] + max_new_tokens)
-        return {**self.inputs, "past_key_values": cache}
-
-
-@dataclass(frozen=True)
-class Placed:
-    """A block at its place in the prompt: from the store (`stored`), or live KV computed in isolation, or neither (left to generation)."""
-
-    block: Block
-    at: int
-    stored: Stored | None
-    live: list[KV] | None
-    receipt: DocumentReceipt
 
 
 class Composer:
@@ -99,14 +42,14 @@ class Composer:
         blocks = [self.view.head(), *(b for d in documents for b in self.view.blocks(d))]
         tail = self.view.renderer.query(query)
         self.require_room(sum(len(b.ids) for b in blocks) + len(tail))
-        placed = self._chain(blocks) if reuse == "prefix" else self._blocks(blocks)
+        placed = walk(self.view, blocks) if reuse == "prefix" else self._blocks(blocks)
         return self._finish(placed, tail, reuse, quality, started)
 
     def prefix(self, block: Block, quality: Quality) -> Prompt:
         """The head and one stored passage, without a query."""
         started = time.perf_counter()
         self._require_unchanged()
-        placed = self._chain([self.view.head(), block])
+        placed = walk(self.view, [self.view.head(), block])
         if placed[-1].stored is None:
             raise NotFoundError(
                 f"{block.label!r} is not stored after the head, only alone" if self._alone(block) else f"{block.label!r}: {placed[-1].receipt.why}",
@@ -129,46 +72,25 @@ class Composer:
                 remedy="give fewer documents, or passages of them",
             )
 
-    def _chain(self, blocks: Sequence[Block]) -> list[Placed]:
-        """Longest stored chain from the start; what follows it is left to the first forward pass."""
-        placed: list[Placed] = []
-        context, at, whole = Context.root(), 0, True
-        for block in blocks:
-            key = segment_key(self.view.model, self.view.layout, context, block.ids)
-            stored = self.view.find(key) if whole else None
-            whole = whole and stored is not None
-            why = "stored after these tokens" if stored else block.miss or ("not stored after these tokens" if at else "not stored")
-            placed.append(Placed(block, at, stored, None, self._receipt(block, "reused" if stored else "prefilled", why, stored)))
-            at += len(block.ids)
-            context = self.view.follow(context, key, at, block)
-        return placed
-
     def _blocks(self, blocks: Sequence[Block]) -> list[Placed]:
         """The chain as far as it is exact, then isolated artifacts moved to their places; what is not stored is prefilled alone, here."""
-        placed = self._chain(blocks)
+        placed = walk(self.view, blocks)
         return [p if p.stored is not None else self._moved(p) for p in placed]
 
     def _moved(self, p: Placed) -> Placed:
         key = segment_key(self.view.model, self.view.layout, self.view.anchor_context, p.block.ids)
         stored = self.view.find(key)
         if stored is not None:
-            return Placed(p.block, p.at, stored, None, self._receipt(p.block, "moved", f"stored alone, moved to position {p.at}", stored))
+            return Placed(p.block, p.at, stored, None, document_receipt(p.block, "moved", f"stored alone, moved to position {p.at}", stored))
         chain = (tuple(self.view.renderer.anchor_ids),) if p.at else ()
         live = self._running().run(p.block.ids, chain)
         why = p.block.miss or "not stored in the isolated regime"
-        return Placed(p.block, p.at, None, live, self._receipt(p.block, "prefilled", f"{why}; computed alone", None, approximate=bool(p.at)))
+        return Placed(p.block, p.at, None, live, document_receipt(p.block, "prefilled", f"{why}; computed alone", None, approximate=bool(p.at)))
 
     def _running(self) -> Prefiller:
         if self._prefiller is None:
             self._prefiller = Prefiller(self.source.model, self.view.layout)
         return self._prefiller
-
-    def _receipt(
-        self, block: Block, action: Literal["reused", "moved", "prefilled"], why: str, stored: Stored | None, approximate: bool = False
-    ) -> DocumentReceipt:
-        context: Literal["same prefix", "approximate"] = "approximate" if action == "moved" or approximate else "same prefix"
-        fidelity = "live" if stored is None else "stored"
-        return DocumentReceipt(block.label, len(block.ids), action, why, context, fidelity, None, 0)
 
     def _finish(self, placed: Sequence[Placed], tail: Sequence[int], reuse: str, quality: Quality, started: float) -> Prompt:
         """Decode what is stored into one cache, put live blocks beside it, and write the receipt."""
@@ -230,42 +152,3 @@ def _priced(p: Placed, tiers: dict[str, str], store: Store) -> DocumentReceipt:
     known, r = store.known(p.stored, tier), p.receipt
     fidelity = "lossless" if tier.exact else name
     return DocumentReceipt(r.source, r.tokens, r.action, r.why, r.context, fidelity, known.kl, p.stored.nbytes(name), known.source)
-
-
-def _inputs(ids: torch.Tensor, mask: torch.Tensor, cache: Cache) -> dict[str, Any]:
-    """`use_cache` is said aloud: where a model's generation config says otherwise, generate would read the cached ids twice."""
-    return {"input_ids": ids, "attention_mask": mask, "past_key_values": cache, "use_cache": True}
-
-
-def collate(prompts: Iterable[Prompt], pad_token_id: int | None = 0) -> dict[str, Any]:
-    """One batch of prompts over different documents, for `model.generate(**collate(prompts))`.
-
-    Columns are [padding, cached, padding, rest] per row, so caches and rests of different lengths end together; padding is masked and takes
-    no position. For full attention only, which is what kvstore loads. Raises InputError for an empty list, IncompatibleError for two models.
-    """
-    given = list(prompts)
-    if not given:
-        raise InputError("nothing to collate", remedy="give at least one prompt")
-    if len({p.receipt.model for p in given}) > 1:
-        raise IncompatibleError("the prompts belong to different models", remedy="collate those of one model")
-    cached = max(p.receipt.cached_tokens for p in given)
-    rest = max(p.input_ids.shape[1] - p.receipt.cached_tokens for p in given)
-    rows = [_padded_row(p, cached, rest, pad_token_id or 0) for p in given]
-    for p in given:
-        p._require_masking()
-    keys, values = ([torch.cat([_left(p.layers[i][j], cached) for p in given]) for i in range(len(given[0].layers))] for j in (0, 1))
-    cache = dynamic_cache(given[0].config, list(zip(keys, values, strict=True)))
-    return _inputs(torch.stack([ids for ids, _ in rows]), torch.stack([mask for _, mask in rows]), cache)
-
-
-def _padded_row(prompt: Prompt, cached: int, rest: int, pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    ids, n = prompt.input_ids[0], prompt.receipt.cached_tokens
-    row, mask = ids.new_full((cached + rest,), pad), ids.new_zeros(cached + rest)
-    for part, end in ((ids[:n], cached), (ids[n:], cached + rest)):
-        row[end - len(part) : end], mask[end - len(part) : end] = part, 1
-    return row, mask
-
-
-def _left(tensor: torch.Tensor, length: int) -> torch.Tensor:
-    """Zeros before the tokens, up to `length` of them; zeros, not garbage: masked scores must stay finite."""
-    return torch.nn.functional.pad(tensor, (0, 0, length - tensor.shape[-2], 0))

@@ -16,8 +16,9 @@ from kvstore.answering import generated_ids, last_logits
 from kvstore.artifact import tier_chain
 from kvstore.asking import Case, exact_match, f1
 from kvstore.certificates import t95
-from kvstore.compose import Prompt, Reuse
+from kvstore.compose import Reuse
 from kvstore.errors import InputError, NotFoundError
+from kvstore.prompt import Prompt
 from kvstore.scoring import compare, logits_after
 
 if TYPE_CHECKING:

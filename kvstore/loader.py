@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kvstore.artifact import Artifact
-from kvstore.compose import Composer, Prompt
+from kvstore.compose import Composer
 from kvstore.decode import KV, Decoder, Piece, allocate
 from kvstore.errors import InputError
+from kvstore.prompt import Prompt
 from kvstore.quality import Quality
 from kvstore.receipt import Receipt
 

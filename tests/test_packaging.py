@@ -31,6 +31,7 @@ LAYERS = [
     "asking documents sources objects tables tokens vocabulary cutting template passages",
     "calibration.live calibration.sample calibration.metric calibration.attention calibration.statistics",
     "calibration.solve calibration.trial calibration.target calibration.learn plan prefill parts encode viewing placing decode quality lookup",
+    "prompt chains reuse",
     "answering asking certify compose evaluate export plotting builder build loader load match relogits verify calibrator",
     "api",
     "demo cli integrations",
