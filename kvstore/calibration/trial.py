@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kvstore.calibration.fit_tables import LARGEST, PER_THREE, Counts, Fit, class_of, fit, used
+from kvstore.calibration.fit_tables import LARGEST, Counts, Fit, class_of, fit, used
 from kvstore.calibration.live import Live
 from kvstore.calibration.sample import Excerpt
 from kvstore.calibration.solve import Solved
@@ -177,7 +177,7 @@ def _joined(parts: Sequence[Counts]) -> Counts:
 
 
 def kept_order(classes: I64, least: int) -> I64:
-    """Coefficients that the basis keeps, by class descending: what the finest tier codes, and those within a factor of three below."""
+    """Coefficients that the basis keeps, by class descending: what the finest tier codes. Exempt tokens that need more are kept raw."""
     order = np.argsort(-classes, kind="stable")
-    kept = order[classes[order] >= least - PER_THREE]
+    kept = order[classes[order] >= least]
     return kept if len(kept) else order[:1]
