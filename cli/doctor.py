@@ -1,12 +1,15 @@
-"""Measure how a model caches and rotates its keys, and say whether kvstore can store that.
+"""Measure how a model caches and rotates its keys, say whether kvstore can store that, and try every use of it.
 
-Nothing is known by the model's name: a probe is prefilled at several positions and fitted.
-Exit status 4 where the model is refused.
+Nothing is known by the model's name: a probe is prefilled at several positions and fitted. Then a short text is stored, loaded and used in every
+way, and the model's output is compared with that after a live prefix.
+Exit status 4 where the model is refused, or where a use does not give what the live model gives.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +17,9 @@ from kvstore.cli import options
 from kvstore.cli.output import Output, safe, table
 
 if TYPE_CHECKING:
+    from kvstore.checkup import Check
     from kvstore.families.measure import Inspection
+    from kvstore.models import ModelSource
 
 USAGE = "MODEL [options]"
 _SHOWN = ("rotated", "start", "dim", "layout", "table")
@@ -32,14 +37,28 @@ def run(args: argparse.Namespace, out: Output) -> int:
     from kvstore.families.measure import inspect_model
     from kvstore.models import ModelSource
 
-    model = ModelSource(args.model, dtype=args.dtype, device=args.device).model
-    found = inspect_model(model)
-    out.result(to_json(args.model, model, found), text(args.model, model, found))
-    return 0 if found.layout is not None else IncompatibleError.exit_status
+    source = ModelSource(args.model, dtype=args.dtype, device=args.device)
+    found = inspect_model(source.model)
+    checks = _checks(source, found)
+    out.result(to_json(args.model, source.model, found, checks), text(args.model, source.model, found, checks))
+    return 0 if all(c.outcome != "wrong" for c in checks) and found.layout is not None else IncompatibleError.exit_status
 
 
-def text(name: str, model: Any, found: Inspection) -> str:
-    """Measurements, then the verdict."""
+def _checks(source: ModelSource, found: Inspection) -> list[Check]:
+    """Every use, tried; of a refused model none is."""
+    from kvstore.checkup import CHECKS, Check, check_up, text_ids
+
+    if found.layout is None:
+        return [Check(name, "refused", "; ".join(found.problems)) for name in CHECKS]
+    try:
+        tokenizer = source.tokenizer
+    except (OSError, ValueError):  # a checkpoint without one can be examined all the same
+        tokenizer = None
+    return check_up(source.model, found.layout, text_ids(source.model, tokenizer))
+
+
+def text(name: str, model: Any, found: Inspection, checks: Sequence[Check]) -> str:
+    """Measurements, then the verdict, then what was tried."""
     seen = found.measurements
     lines = [f"{safe(name)}: {type(model).__name__}", f"cache: {_counted(seen.get('cache_classes', []))}"]
     lines += [f"{label}: {_plain(seen[key])}" for key, label in _LABELS.items() if key in seen]
@@ -48,13 +67,25 @@ def text(name: str, model: Any, found: Inspection) -> str:
         body += "\n" + _layers(seen["layers"])
     if seen.get("ropes"):
         body += "\n" + _ropes(seen["ropes"])
-    return f"{body}\n{_verdict(found)}\n"
+    return f"{body}\n{_verdict(found)}\n" + ("" if found.layout is None else f"\n{_uses(model, checks)}")
+
+
+_OUTCOMES = {"exact": "ok, bit for bit as live", "rounding": "ok, as live up to rounding"}
+
+
+def _uses(model: Any, checks: Sequence[Check]) -> str:
+    from kvstore.checkup import unfilled
+
+    lines = table(("use", "tried on this model"), [(c.name, _OUTCOMES.get(c.outcome) or f"{c.outcome}: {safe(c.detail)}") for c in checks])
+    wide = ", ".join(f"{w:,}" for w in unfilled(model))
+    return lines + (f"not tried: what lies beyond a window of {wide} tokens, which the probe does not fill\n" if wide else "")
 
 
 _LABELS = {
     "keys": "keys [heads, channels]",
     "values": "values [heads, channels]",
     "dtype": "dtype",
+    "state_nbytes": "recurrent state, bytes a segment",
     "offsets": "probed at positions",
     "values_move": "values move with position by",
     "tolerance": "residual accepted up to",
@@ -115,10 +146,14 @@ def _verdict(found: Inspection) -> str:
     if found.layout is None:
         return "\n".join(["refused:", *(f"  {safe(p)}" for p in found.problems)])
     how = "as the model computes them" if found.layout.capture == "hooked" else "computed back from the cache, exact to rounding"
-    return f"supported: keys are stored before RoPE, {how}; values as they are"
+    turned, other = ("keys", "values") if found.layout.rotated == "keys" else ("values", "keys")
+    verdict = f"supported: {turned} are stored before RoPE, {how}; {other} as they are"
+    if found.layout.rope_limit is not None:
+        verdict += f"\nonly for prompts of up to {found.layout.rope_limit:,} tokens: beyond them its RoPE has other frequencies"
+    return verdict
 
 
-def to_json(name: str, model: Any, found: Inspection) -> dict[str, Any]:
+def to_json(name: str, model: Any, found: Inspection, checks: Sequence[Check]) -> dict[str, Any]:
     """The --json object."""
     import msgspec
 
@@ -130,4 +165,5 @@ def to_json(name: str, model: Any, found: Inspection) -> dict[str, Any]:
         "problems": found.problems,
         "measurements": found.measurements,
         "layout": layout,
+        "uses": [dataclasses.asdict(c) for c in checks],
     }

@@ -6,6 +6,7 @@ from typing import Any
 
 from kvstore.manifest import Encoding, Layout, PackManifest, Tier
 from kvstore.pack import NO_TOKEN, row_dtype
+from kvstore.pack_files import STATE, arrays_of
 from kvstore.zarr_json import LITTLE, array_metadata
 
 NAN_BITS = {"bfloat16": 0x7FC0, "float16": 0x7E00, "float32": 0x7FC00000}
@@ -38,10 +39,18 @@ def tokens_metadata(slots: int) -> bytes:
     return array_metadata("uint32", [slots], [slots], NO_TOKEN, ["token"], codecs)
 
 
-def rows_metadata(segments: int, encoding: Encoding) -> bytes:
+def rows_metadata(segments: int, encoding: Encoding, layout: Layout) -> bytes:
     """The table of segments, one row of bytes each."""
-    shape = [segments, row_dtype(encoding).itemsize]
+    shape = [segments, row_dtype(arrays_of(encoding, layout)).itemsize]
     return array_metadata("uint8", shape, shape, 0, ["segment", "byte"], [{"name": "bytes"}])
+
+
+def state_metadata(segments: int, layout: Layout) -> bytes:
+    """Recurrent states: [segment, byte], a shard with one plain chunk a segment, each followed by its crc32c."""
+    shape = [segments, layout.state_nbytes]
+    sharding = {"chunk_shape": [1, shape[1]], "codecs": [{"name": "bytes"}, {"name": "crc32c"}], "index_codecs": [LITTLE, {"name": "crc32c"}],
+                "index_location": "end"}  # fmt: skip
+    return array_metadata("uint8", shape, shape, 0, ["segment", "byte"], [{"name": "sharding_indexed", "configuration": sharding}])
 
 
 def probe_metadata(shape: list[int]) -> bytes:
@@ -51,5 +60,8 @@ def probe_metadata(shape: list[int]) -> bytes:
 
 def pack_metadata(manifest: PackManifest) -> dict[str, bytes]:
     """Every zarr.json below a pack's own, by relative path."""
-    tiers = {f"{t.array}/zarr.json": tier_metadata(t, manifest.layout, manifest.encoding, manifest.slots) for t in manifest.encoding.tiers}
-    return tiers | {"tokens/zarr.json": tokens_metadata(manifest.slots), "segments/zarr.json": rows_metadata(manifest.segments, manifest.encoding)}
+    m = manifest
+    found = {f"{t.array}/zarr.json": tier_metadata(t, m.layout, m.encoding, m.slots) for t in m.encoding.tiers}
+    if m.layout.state:
+        found[f"{STATE}/zarr.json"] = state_metadata(m.segments, m.layout)
+    return found | {"tokens/zarr.json": tokens_metadata(m.slots), "segments/zarr.json": rows_metadata(m.segments, m.encoding, m.layout)}

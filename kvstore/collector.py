@@ -150,7 +150,7 @@ class Collector:
         live, (bad, broken) = self._live(pack), self._damage(pack)
         young = self.storage.age(pack.folder) < self.rules.grace_seconds
         stay = (live | young) & ~bad
-        sizes = np.sum([pack.rows[f"{t.array}.nbytes"] for t in pack.encoding.tiers], axis=0)
+        sizes = np.sum([pack.rows[f"{a}.nbytes"] for a in pack.arrays], axis=0)
         due = not stay.all() and float(sizes[~stay].sum()) >= self.rules.rewrite_share * float(sizes.sum())
         done = (broken or due) and (self._rewrite(pack, stay, bad) if stay.any() else self._drop(pack, bad))
         self.report.packs_kept += not done
@@ -184,7 +184,7 @@ class Collector:
         name = self._copy(pack, stay)
         if name is None:
             return False
-        freed = int(sum(pack.rows[f"{t.array}.nbytes"][~stay].sum() for t in pack.encoding.tiers))
+        freed = int(sum(pack.rows[f"{a}.nbytes"][~stay].sum() for a in pack.arrays))
         if name and name != pack.name:  # the same name: nothing was dead, and the damage is mended in place
             if (size := self._move_in(pack, stay, name)) is None or not self._retire(pack, bad):
                 return False

@@ -106,14 +106,14 @@ def _code_digest(family: type) -> str | None:
     return sha256(Path(source).read_bytes()) if source else sha256(family.__qualname__.encode())
 
 
-def checkpoint_folder(name: str) -> Path:
-    """A local folder, or the cached snapshot of a hub id; nothing is fetched. Raises InputError."""
+def checkpoint_folder(name: str, revision: str | None = None) -> Path:
+    """A local folder, or the cached snapshot of a hub id (at `revision`, else the main one); nothing is fetched. Raises InputError."""
     if Path(name).is_dir():
         return Path(name)
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, local_files_only=True))
+        return Path(snapshot_download(name, revision=revision, local_files_only=True))
     except Exception as error:  # many kinds, one meaning
         raise InputError(f"{name!r} is neither a folder nor a model in the local hub cache", remedy="download it first") from error
 

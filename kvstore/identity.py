@@ -26,7 +26,11 @@ KV_FIELDS = (
     "no_rope_layers no_rope_layer_interval layer_types sliding_window use_sliding_window max_window_layers attention_chunk_size "
     "attention_multiplier residual_multiplier embedding_multiplier scale_depth scale_emb query_pre_attn_scalar attn_logit_softcapping "
     "num_experts num_local_experts num_experts_per_tok moe_intermediate_size norm_topk_prob decoder_sparse_step mlp_only_layers "
-    "first_k_dense_replace n_routed_experts n_shared_experts routed_scaling_factor"
+    "first_k_dense_replace n_routed_experts n_shared_experts routed_scaling_factor "
+    "kv_lora_rank q_lora_rank qk_rope_head_dim qk_nope_head_dim v_head_dim rope_interleave num_kv_shared_layers "
+    "linear_conv_kernel_dim linear_key_head_dim linear_value_head_dim linear_num_key_heads linear_num_value_heads "
+    "mamba_d_ssm mamba_norm_before_gate mamba_rms_norm ssm_in_multiplier ssm_out_multiplier ssm_multipliers "
+    "attention_in_multiplier attention_out_multiplier key_multiplier mlp_multipliers"
 ).split()
 
 
@@ -102,8 +106,8 @@ def id_bytes(ids: Sequence[int]) -> bytes:
     return array.astype("<u4").tobytes()
 
 
-def segment_key(model: Model, layout: Layout, context: Context, ids: Sequence[int], rope_regime: str = "static") -> str:
-    """The name of a run of token ids prefilled by `model` after `context`."""
+def segment_key(model: Model, layout: Layout, context: Context, ids: Sequence[int]) -> str:
+    """The name of a run of token ids prefilled by `model` after `context`, under the frequency table that `layout` names."""
     before = id_bytes(context.value) if isinstance(context.value, tuple) else context.value
     return digest(
         "kvstore/segment/1",
@@ -111,7 +115,7 @@ def segment_key(model: Model, layout: Layout, context: Context, ids: Sequence[in
             "model": model.key,
             "layout": layout.identity(),
             "context": [context.kind, before, context.tokens],
-            "rope": rope_regime,
+            "rope": layout.rope_regime,
             "ids": id_bytes(ids),
         },
     )

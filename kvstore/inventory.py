@@ -18,6 +18,7 @@ from kvstore.certificates import TierQuality
 from kvstore.errors import FormatError, IntegrityError, NotFoundError
 from kvstore.manifest import Encoding, Layout, Row, zarr_group
 from kvstore.pack import PACKS, Pack
+from kvstore.pack_files import STATE
 from kvstore.records import MODELS
 from kvstore.store import Store
 
@@ -27,7 +28,10 @@ Sizes = dict[bytes, int]
 
 @dataclass(frozen=True)
 class Listed:
-    """One document in one model, template and encoding (keys). `nbytes`: its units in all tiers and regimes, without the shared head."""
+    """One document in one model, template and encoding (keys). `nbytes`: its units in all tiers, regimes and chains, without the shared head.
+
+    `chains`: how often passages of it are stored once more, after other passages than the head.
+    """
 
     source: str
     passages: int
@@ -38,6 +42,7 @@ class Listed:
     model: str
     template: str
     encoding: str
+    chains: int = 0
 
 
 def documents(
@@ -65,14 +70,14 @@ def packs_of(store: Store) -> list[Pack]:
 
 
 def _sizes(pack: Pack) -> Sizes:
-    """Segment key -> bytes of its units in all tiers."""
+    """Segment key -> bytes of its units in all tiers, and of its recurrent state."""
     rows = pack.rows
-    total = sum((rows[f"{t.array}.nbytes"] for t in pack.encoding.tiers), np.zeros(len(rows), np.uint64))
+    total = sum((rows[f"{a}.nbytes"] for a in pack.arrays), np.zeros(len(rows), np.uint64))
     return {key.tobytes(): int(n) for key, n in zip(rows["key"], total, strict=True)}
 
 
 def _listed(row: Row, encoding: Encoding | None, sizes: Sizes) -> Listed:
-    keys = {bytes.fromhex(k) for p in row.passages for k in (p.prefix, p.isolated) if k is not None}
+    keys = {bytes.fromhex(k) for p in row.passages for k in (p.prefix, p.isolated) if k is not None} | {bytes.fromhex(c.key) for c in row.chained}
     return Listed(
         row.source,
         len(row.passages),
@@ -83,6 +88,7 @@ def _listed(row: Row, encoding: Encoding | None, sizes: Sizes) -> Listed:
         row.model,
         row.template,
         row.encoding,
+        len(row.chained),
     )
 
 
@@ -109,7 +115,10 @@ class TierTotal:
 
 @dataclass
 class EncodingTotal:
-    """All artifacts of one encoding and model. `raw_nbytes`: the same K and V as the model computes them."""
+    """All artifacts of one encoding and model. `raw_nbytes`: the same K and V as the model computes them.
+
+    `state_nbytes`: recurrent states, which lie beside the tiers and are exact at each of them.
+    """
 
     id: str
     model: str
@@ -118,10 +127,11 @@ class EncodingTotal:
     artifacts: int = 0
     tokens: int = 0
     raw_nbytes: int = 0
+    state_nbytes: int = 0
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in self.tiers)
+        return sum(t.nbytes for t in self.tiers) + self.state_nbytes
 
 
 @dataclass(frozen=True)
@@ -138,7 +148,10 @@ class CalibrationTotal:
 
 @dataclass
 class Stats:
-    """A whole store. `overhead` (bytes by kind) and the tiers' bytes add up to `nbytes`, what its files take."""
+    """A whole store. `overhead` (bytes by kind) and the tiers' bytes add up to `nbytes`, what its files take.
+
+    `chains`: passages of the newest snapshot that are stored once more, after others.
+    """
 
     store: str
     id: str
@@ -146,6 +159,7 @@ class Stats:
     snapshots: int
     documents: int
     packs: int
+    chains: int = 0
     nbytes: int = 0
     encodings: list[EncodingTotal] = field(default_factory=list)
     overhead: dict[str, int] = field(default_factory=dict)
@@ -170,6 +184,7 @@ def stats(store: Store) -> Stats:
     """Add up a store. Bytes are those of the files now, whatever snapshots still need them."""
     packs = packs_of(store)
     found = Stats(str(store.path), store.id, store.number, len(store.snapshots.numbers()), len(store), len(packs))
+    found.chains = sum(len(r.chained) for r in store.rows())
     found.models = [(r.model.key, r.model.name) for r in store.models()]
     found.templates = [(t.id, t.kind) for t in store.templates()]
     found.calibrations = [calibration_total(store, digest, record) for digest, record in store.calibrations().items()]
@@ -205,6 +220,7 @@ def _add_pack(totals: dict[tuple[str, str], EncodingTotal], pack: Pack) -> None:
     total.artifacts += len(pack.rows)
     total.tokens += tokens
     total.raw_nbytes += tokens * raw_token_nbytes(pack.layout)
+    total.state_nbytes += int(pack.rows[f"{STATE}.nbytes"].sum(dtype=np.uint64)) if STATE in pack.arrays else 0
     for tier, spec in zip(total.tiers, m.encoding.tiers, strict=True):
         tier.nbytes += int(pack.rows[f"{spec.array}.nbytes"].sum(dtype=np.uint64))
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
@@ -24,6 +25,7 @@ Record = TypeVar("Record", bound=msgspec.Struct)
 Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$(?!\n)")]  # `$` alone would let a newline follow
 Positive = Annotated[int, Meta(ge=1, le=2**53 - 1)]  # whole in every JSON reader
 Layers = Annotated[int, Meta(ge=1, le=1 << 12)]
+Width = Annotated[int, Meta(ge=1, le=1 << 16)]
 TokenId = Annotated[int, Meta(ge=0, le=2**32 - 2)]  # 2**32 - 1 is padding
 
 
@@ -36,7 +38,7 @@ class RopeRecord(Strict, frozen=True):
 
     Channels `start : start + dim` of each head are rotated in pairs: (i, i + dim/2) for `half`, (2i, 2i + 1) for `interleaved`.
     `inv_freq` is float32 little-endian in hexadecimal; cos and sin are multiplied by `scaling`. `arithmetic` says in which
-    precision the model multiplies: its own dtype (cos and sin rounded first) or float32.
+    precision the model multiplies: its own dtype (cos and sin rounded first), float32, or float32 with cos and sin rounded first.
     """
 
     start: Annotated[int, Meta(ge=0, lt=1 << 16)]
@@ -44,7 +46,7 @@ class RopeRecord(Strict, frozen=True):
     layout: Literal["half", "interleaved"]
     inv_freq: Annotated[str, Meta(pattern=r"^([0-9a-f]{8})+$(?!\n)", max_length=1 << 18)]
     scaling: float
-    arithmetic: Literal["model", "float32"]
+    arithmetic: Literal["model", "float32", "rounded"]
     kind: str
 
     def frequencies(self) -> npt.NDArray[np.float32]:
@@ -52,10 +54,31 @@ class RopeRecord(Strict, frozen=True):
         return np.frombuffer(bytes.fromhex(self.inv_freq), dtype="<f4")
 
 
-class Layout(Strict, frozen=True):
+class StateTensor(Strict, frozen=True):
+    """One tensor of a layer's recurrent state, of one sequence. `layer` counts all layers of the model's cache, `shape` is without the batch.
+
+    `name` is its kind (`conv` or `recurrent`) and its number among those of the kind in the layer.
+    """
+
+    layer: Annotated[int, Meta(ge=0, lt=1 << 12)]
+    name: Annotated[str, Meta(pattern=r"^(conv|recurrent)(0|[1-9][0-9]?)$(?!\n)")]
+    shape: Annotated[tuple[Annotated[int, Meta(ge=1, le=1 << 31)], ...], Meta(min_length=1, max_length=8)]
+    dtype: ValueDtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * (4 if self.dtype == "float32" else 2)
+
+
+class Layout(Strict, frozen=True, omit_defaults=True):
     """What is cached per layer. `rope_of[layer]` indexes `ropes`, or is None where the layer has no RoPE.
 
-    `capture` is `hooked` where K was seen before its rotation, `unrotated` where it had to be computed back from the cache.
+    Layers are those of the model's cache that have keys and values, in order. `capture` is `hooked` where K was seen before its rotation,
+    `unrotated` where it had to be computed back from the cache. `latent`: widths of the cached keys and values of latent attention, whose one
+    head is stored as two halves of `head_dim` channels (families/latent.py). `rotated` is the cached tensor that RoPE turns.
+    `rope_regime` names the one frequency table that holds up to `rope_limit` positions, where the model has several; `static` where it has one.
+    `state`: the recurrent tensors that a segment's end leaves in the cache, by layer and name; a segment is exact only with them.
+    Fields with a default are left out of files and keys where they have it.
     """
 
     layers: Layers
@@ -65,6 +88,11 @@ class Layout(Strict, frozen=True):
     capture: Literal["hooked", "unrotated"]
     rope_of: tuple[Annotated[int, Meta(ge=0, lt=1 << 12)] | None, ...]
     ropes: tuple[RopeRecord, ...]
+    latent: tuple[Width, Width] | None = None
+    rotated: Literal["keys", "values"] = "keys"
+    rope_regime: Annotated[str, Meta(pattern=r"^[a-z]{1,32}$(?!\n)")] = "static"
+    rope_limit: Positive | None = None
+    state: tuple[StateTensor, ...] = ()
 
     @property
     def channels(self) -> int:
@@ -74,18 +102,40 @@ class Layout(Strict, frozen=True):
     def values_per_token(self) -> int:
         return self.layers * 2 * self.channels
 
+    @property
+    def state_nbytes(self) -> int:
+        """Bytes of one segment's recurrent state; 0 for models that have none."""
+        return sum(t.nbytes for t in self.state)
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Channels of a head of the cached keys, and of the cached values."""
+        return self.latent or (self.head_dim, self.head_dim)
+
+    @property
+    def turned(self) -> int:
+        """Which of the pair (keys, values) RoPE turns: 0 or 1."""
+        return ("keys", "values").index(self.rotated)
+
     def identity(self) -> dict[str, Any]:
         """The part that enters keys: no measured float (inv_freq follows from the config, which the model key holds)."""
-        rotated = [None if r is None else self._geometry(self.ropes[r]) for r in self.rope_of]
-        return {
+        turned = [None if r is None else self._geometry(self.ropes[r]) for r in self.rope_of]
+        found: dict[str, Any] = {
             "layers": self.layers,
             "kv_heads": self.kv_heads,
             "head_dim": self.head_dim,
             "dtype": self.dtype,
             "capture": self.capture,
             "keys": "before-rope",
-            "rotated": rotated,
+            "rotated": turned,
         }
+        if self.latent is not None:
+            found["latent"] = list(self.latent)
+        if self.rotated != "keys":
+            found["tensor"] = self.rotated
+        if self.state:
+            found["state"] = [{"layer": t.layer, "name": t.name, "shape": list(t.shape), "dtype": t.dtype} for t in self.state]
+        return found
 
     @staticmethod
     def _geometry(rope: RopeRecord) -> dict[str, Any]:
@@ -219,10 +269,19 @@ class Passage(Strict, frozen=True):
     isolated: Digest | None = None
 
 
+class Chained(Strict, frozen=True):
+    """A passage of a row (by its place) stored once more, under `key`, after another segment than the head: a passage of this or another document."""
+
+    passage: Annotated[int, Meta(ge=0, le=2**53 - 1)]
+    parent: Digest
+    key: Digest
+
+
 class Row(Strict, frozen=True):
     """One document of a snapshot in one model, template and encoding.
 
-    `text` is the digest of the document's text, `recipe` says how it was cut, `root` is the folder a build syncs.
+    `text` is the digest of the document's text, `recipe` says how it was cut, `root` is the folder a build syncs. `chains` is absent where there
+    are none: `chained` is the same as a tuple.
     """
 
     source: Annotated[str, Meta(min_length=1)]
@@ -235,15 +294,20 @@ class Row(Strict, frozen=True):
     passages: tuple[Passage, ...]
     root: str = ""
     metadata: dict[str, Any] = {}
+    chains: Annotated[tuple[Chained, ...], Meta(min_length=1)] | msgspec.UnsetType = msgspec.UNSET
 
     @property
     def id(self) -> tuple[str, str, str, str]:
         return (self.source, self.model, self.template, self.encoding)
 
+    @property
+    def chained(self) -> tuple[Chained, ...]:
+        return () if self.chains is msgspec.UNSET else self.chains
+
     def segment_keys(self) -> set[str]:
-        """Every segment key this row needs, the head's included."""
+        """Every segment key this row needs, the head's and those of its chains included."""
         found = {k for p in self.passages for k in (p.prefix, p.isolated)} | {self.head}
-        return {k for k in found if k is not None}
+        return {k for k in found if k is not None} | {k for c in self.chained for k in (c.parent, c.key)}
 
 
 class Snapshot(Strict, frozen=True):

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvstore import bundled
-from kvstore.devices import known_device
+from kvstore.devices import usual_device
 from kvstore.errors import IncompatibleError, InputError
 from kvstore.families.masking import mask_dropped, require_masking
 from kvstore.families.measure import require_layout
+from kvstore.families.refuse import context_tokens
 from kvstore.fingerprint import check_probe, model_at, model_of, probe_ids, probe_sketch
 from kvstore.identity import require_same
 from kvstore.manifest import FORMAT, Layout, Model, ModelRecord
@@ -19,6 +20,7 @@ from kvstore.records import add_model
 from kvstore.store import Store
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
 BUNDLED = "bundled"
@@ -83,7 +85,7 @@ class ModelSource:
 
         transformers.utils.logging.disable_progress_bar()
         log.info("loading %s", self.folder)
-        device = known_device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = usual_device(self.device)
         with torch.inference_mode(False):  # the weights outlive the caller's mode
             found, info = transformers.AutoModelForCausalLM.from_pretrained(str(self.folder), dtype=self.identity.dtype, output_loading_info=True)
             made_up = sorted({*info["missing_keys"], *(str(k) for k in info["mismatched_keys"])})
@@ -93,6 +95,11 @@ class ModelSource:
                     remedy="fetch or save the checkpoint again",
                 )
             return found.to(device).eval()
+
+    @property
+    def place(self) -> torch.device:
+        """Where the model lies, or will when it is loaded."""
+        return self.given.device if self.is_object else usual_device(self.device)
 
     def state(self) -> tuple[Any, ...]:
         """Changes when the live model's dtype or any of its weights is changed in place; cheap."""
@@ -107,14 +114,14 @@ class ModelSource:
 
     @cached_property
     def context_tokens(self) -> int:
-        """Positions the model was made for."""
+        """Positions that a prompt may take: those the model was made for, with length-dependent RoPE those of the one regime that is served."""
         if self.is_object:
             config = self.given.config
         else:
             from transformers import AutoConfig
 
             config = AutoConfig.from_pretrained(str(self.folder))
-        return int(getattr(config.get_text_config(decoder=True), "max_position_embeddings", 0) or 1 << 20)
+        return context_tokens(config.get_text_config(decoder=True))
 
     @property
     def source(self) -> str:

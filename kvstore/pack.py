@@ -20,26 +20,26 @@ import numpy.typing as npt
 from kvstore.digest import sha256
 from kvstore.errors import IntegrityError
 from kvstore.manifest import Encoding, Layout, PackManifest, parse_group
+from kvstore.pack_files import STATE, arrays_of, shard_name
 from kvstore.storage.local import LocalStorage
 from kvstore.validate import require_manifest, require_rows
 
 PACKS = "packs"
 NO_TOKEN = 0xFFFFFFFF
-SHARD = "c.0.0.0.0"
 CONTEXT_KINDS = ("root", "anchor", "parent")
 REMEDY = "`kvstore verify` lists what is damaged; `kvstore gc --drop-damaged` takes it out, and the next build compiles it again"
 
 
-def row_dtype(encoding: Encoding) -> np.dtype[np.void]:
-    """One row of a pack's `segments` array, little-endian and unpadded; the columns of each tier follow the fixed ones."""
+def row_dtype(arrays: Sequence[str]) -> np.dtype[np.void]:
+    """One row of a pack's `segments` array, little-endian and unpadded; the columns of each array (see `arrays_of`) follow the fixed ones."""
     fixed: list[Any] = [("key", "u1", 32), ("parent", "u1", 32), ("context", "<u4"), ("position", "<u4"), ("start", "<u8"), ("tokens", "<u4")]
-    tiers = [(f"{t.array}.{name}", *kind) for t in encoding.tiers for name, *kind in (("offset", "<u8"), ("nbytes", "<u8"), ("sha256", "u1", 32))]
-    return np.dtype(fixed + tiers)
+    ranges = [(f"{a}.{name}", *kind) for a in arrays for name, *kind in (("offset", "<u8"), ("nbytes", "<u8"), ("sha256", "u1", 32))]
+    return np.dtype(fixed + ranges)
 
 
 @dataclass(frozen=True)
 class Segment:
-    """One row: a segment's key, what stood before it, where its tokens lie, and per tier the byte range and digest."""
+    """One row: a segment's key, what stood before it, where its tokens lie, and per array (tier or state) the byte range and digest."""
 
     key: str
     parent: str | None
@@ -77,6 +77,11 @@ class Pack:
         return self.manifest.layout
 
     @property
+    def arrays(self) -> tuple[str, ...]:
+        """The arrays of which every segment has a range."""
+        return arrays_of(self.encoding, self.layout)
+
+    @property
     def groups(self) -> int:
         """Groups of layers, the last one possibly short."""
         return -(-self.layout.layers // self.encoding.group_layers)
@@ -95,7 +100,7 @@ class Pack:
     @cached_property
     def rows(self) -> npt.NDArray[np.void]:
         """The `segments` array as structured rows."""
-        data, dtype = self._checked("segments/c.0.0"), row_dtype(self.encoding)
+        data, dtype = self._checked("segments/c.0.0"), row_dtype(self.arrays)
         if len(data) != self.manifest.segments * dtype.itemsize:
             raise IntegrityError(f"{self.folder}/segments has {len(data)} bytes", remedy=REMEDY)
         rows = np.frombuffer(data, dtype)
@@ -117,9 +122,7 @@ class Pack:
     def segment(self, row: int) -> Segment:
         r = self.rows[row]
         kind = CONTEXT_KINDS[int(r["context"])]
-        ranges = {
-            t.array: (int(r[f"{t.array}.offset"]), int(r[f"{t.array}.nbytes"]), r[f"{t.array}.sha256"].tobytes().hex()) for t in self.encoding.tiers
-        }
+        ranges = {a: (int(r[f"{a}.offset"]), int(r[f"{a}.nbytes"]), r[f"{a}.sha256"].tobytes().hex()) for a in self.arrays}
         parent = r["parent"].tobytes().hex() if kind == "parent" else None
         return Segment(r["key"].tobytes().hex(), parent, kind, int(r["position"]), int(r["start"]), int(r["tokens"]), ranges)
 
@@ -128,27 +131,29 @@ class Pack:
         return self.token_ids[segment.start : segment.start + segment.tokens]
 
     def shard(self, array: str) -> memoryview:
-        """The mapped shard file of one tier."""
+        """The mapped shard file of one array."""
         if array not in self._maps:
-            view = self.storage.map(f"{self.folder}/{array}/{SHARD}")
-            if len(view) != self.manifest.files[f"{array}/{SHARD}"].bytes:
+            name = shard_name(array)
+            view = self.storage.map(f"{self.folder}/{name}")
+            if len(view) != self.manifest.files[name].bytes:
                 raise IntegrityError(f"{self.folder}/{array}: {len(view)} bytes, the manifest says otherwise", remedy=REMEDY)
             self._maps[array] = view
         return self._maps[array]
 
     def index(self, array: str) -> npt.NDArray[np.uint64]:
-        """uint64 [groups, blocks, 2]: offset and length (crc32c included) of each unit."""
+        """uint64 [groups, blocks, 2]: offset and length (crc32c included) of each unit. Of the state: [segments, 1, 2], in the order of the rows."""
         if array not in self._indexes:
-            blocks = self.manifest.slots // self.encoding.block_tokens
-            size = self.groups * blocks * 16
+            m = self.manifest
+            groups, blocks = (m.segments, 1) if array == STATE else (self.groups, m.slots // self.encoding.block_tokens)
+            size = groups * blocks * 16
             tail = self.shard(array)[-(size + 4) :]
             if len(tail) != size + 4 or crc32c(tail[:size]) != struct.unpack("<I", tail[size:])[0]:
                 raise IntegrityError(f"{self.folder}/{array}: the shard index is damaged", remedy=REMEDY)
-            self._indexes[array] = np.frombuffer(tail[:size], "<u8").reshape(self.groups, blocks, 2)
+            self._indexes[array] = np.frombuffer(tail[:size], "<u8").reshape(groups, blocks, 2)
         return self._indexes[array]
 
     def range(self, segment: Segment, array: str) -> memoryview:
-        """All units of one segment in one tier, as stored."""
+        """All units of one segment in one array, as stored."""
         offset, size, _ = segment.ranges[array]
         view = self.shard(array)[offset : offset + size]
         if len(view) != size:
@@ -156,7 +161,7 @@ class Pack:
         return view
 
     def check(self, segment: Segment, array: str) -> None:
-        """Compare one segment's tier with its sha256. Raises IntegrityError."""
+        """Compare one segment's range of an array with its sha256. Raises IntegrityError."""
         if sha256(self.range(segment, array)) != segment.ranges[array][2]:
             raise IntegrityError(f"{self.folder}/{array}: segment {segment.key[:12]} is damaged", remedy=REMEDY)
 
@@ -166,19 +171,28 @@ class Pack:
             self.check(segment, array)
             self._intact.add((segment.key, array))
 
-    def units(self, segment: Segment, array: str, *, whole_records: bool = False) -> list[list[memoryview]]:
-        """[group][block]: the units of one segment in one tier, without their crc32c (which is not checked here) unless `whole_records`."""
+    def state(self, segment: Segment) -> memoryview:
+        """The bytes of the recurrent state at a segment's end, compared with its sha256 once a process. Raises IntegrityError."""
+        self.check_once(segment, STATE)
+        return self.range(segment, STATE)[:-4]
+
+    def entries(self, segment: Segment, array: str) -> npt.NDArray[np.uint64]:
+        """uint64 [groups, blocks, 2]: where in the shard each unit of one segment in one tier lies, and its length (crc32c included).
+
+        Raises IntegrityError where one lies outside the segment's range.
+        """
         offset, size, _ = segment.ranges[array]
-        whole, block = self.shard(array), self.encoding.block_tokens
-        first = segment.start // block
-        entries = self.index(array)[:, first : first + -(-segment.tokens // block)]
-        inside = (
-            (entries[..., 0] >= offset) & (entries[..., 1] >= 4) & (entries[..., 1] <= size) & (entries[..., 0] <= offset + size - entries[..., 1])
-        )
+        first = segment.start // self.encoding.block_tokens
+        found = self.index(array)[:, first : first + -(-segment.tokens // self.encoding.block_tokens)]
+        inside = (found[..., 0] >= offset) & (found[..., 1] >= 4) & (found[..., 1] <= size) & (found[..., 0] <= offset + size - found[..., 1])
         if not inside.all():
             raise IntegrityError(f"{self.folder}/{array}: segment {segment.key[:12]} has units outside its range", remedy=REMEDY)
-        trailer = 0 if whole_records else 4
-        return [[whole[o : o + n - trailer] for o, n in group] for group in entries.tolist()]
+        return found
+
+    def units(self, segment: Segment, array: str, *, whole_records: bool = False) -> list[list[memoryview]]:
+        """[group][block]: the units of one segment in one tier, without their crc32c (which is not checked here) unless `whole_records`."""
+        whole, trailer = self.shard(array), 0 if whole_records else 4
+        return [[whole[o : o + n - trailer] for o, n in group] for group in self.entries(segment, array).tolist()]
 
     def unit(self, array: str, group: int, block: int) -> memoryview:
         """One unit by its place in the array, compared with its crc32c. Raises IntegrityError."""

@@ -14,13 +14,14 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from kvstore.arrays import rows_metadata, tier_metadata, tokens_metadata
+from kvstore.arrays import rows_metadata, state_metadata, tier_metadata, tokens_metadata
 from kvstore.calibration.shelf import CALIBRATIONS
 from kvstore.digest import sha256
 from kvstore.errors import IntegrityError
 from kvstore.identity import Context, id_bytes
 from kvstore.manifest import FORMAT, Encoding, FileDigest, Layout, PackManifest, zarr_group
-from kvstore.pack import CONTEXT_KINDS, NO_TOKEN, PACKS, REMEDY, SHARD, Pack, Segment, crc32c, row_dtype
+from kvstore.pack import CONTEXT_KINDS, NO_TOKEN, PACKS, REMEDY, Pack, Segment, crc32c, row_dtype
+from kvstore.pack_files import STATE, arrays_of, shard_name
 from kvstore.storage.files import sync_folder, translated, write_synced
 from kvstore.storage.local import LocalStorage
 
@@ -28,7 +29,7 @@ Range = tuple[int, int, str]
 
 
 class _Shard:
-    """One tier's shard file while it grows."""
+    """One array's shard file while it grows."""
 
     def __init__(self, path: Path):
         path.parent.mkdir()
@@ -73,7 +74,8 @@ class _Shard:
 class PackWriter:
     """Collects encoded segments and publishes them as one pack.
 
-    `add` takes what `encode` made: tier array name -> units [group][block]. `close` returns the pack's name, or None if it is empty.
+    `add` takes what `encode` made: tier array name -> units [group][block]; of models with recurrent layers, the state too.
+    `close` returns the pack's name, or None if it is empty.
     """
 
     def __init__(self, storage: LocalStorage, model: str, layout: Layout, encoding: Encoding, provenance: Mapping[str, str]):
@@ -93,7 +95,7 @@ class PackWriter:
         if self._folder is None:
             self._keep_calibrations()
             folder = self.storage.stage()
-            self._shards = {t.array: _Shard(folder / t.array / SHARD) for t in self.encoding.tiers}
+            self._shards = {a: _Shard(folder / shard_name(a)) for a in arrays_of(self.encoding, self.layout)}
             self._folder = folder
 
     def _keep_calibrations(self) -> None:
@@ -103,18 +105,27 @@ class PackWriter:
                 self.storage.touch(f"{CALIBRATIONS}/{spec.calibration}")
 
     def add(
-        self, key: str, context: Context, ids: Sequence[int], units: Mapping[str, Sequence[Sequence[bytes | memoryview]]], checked: bool = False
+        self,
+        key: str,
+        context: Context,
+        ids: Sequence[int],
+        units: Mapping[str, Sequence[Sequence[bytes | memoryview]]],
+        checked: bool = False,
+        *,
+        state: bytes | memoryview | None = None,
     ) -> dict[str, Range]:
-        """Append one segment; `checked` units carry their crc32c already. Its (offset, nbytes, sha256) per tier array.
+        """Append one segment; `checked` units carry their crc32c already, and so does its `state` then. Its (offset, nbytes, sha256) per array.
 
         Raises StorageError where the disk is full. An error or an interrupt leaves the writer as it was before the call.
         """
         self._require_shape(ids, units)
+        self._require_state(state, checked)
         with translated("writing a pack"):
             self._open()
             segments, slots, before = len(self.rows), self.slots, {a: s.offset for a, s in self._shards.items()}
             try:
-                ranges = {t.array: self._shards[t.array].append(units[t.array], checked) for t in self.encoding.tiers}
+                given = units if state is None else {**units, STATE: [[state]]}
+                ranges = {array: shard.append(given[array], checked) for array, shard in self._shards.items()}
                 self._add_row(key, context, ids, ranges)
             except BaseException:
                 self._restore(segments, slots, before)
@@ -141,9 +152,14 @@ class PackWriter:
             if len(units[tier.array]) != groups or any(len(group) != blocks for group in units[tier.array]):
                 raise ValueError(f"{tier.array}: {len(ids)} tokens need {groups} groups of {blocks} blocks")
 
+    def _require_state(self, state: bytes | memoryview | None, checked: bool) -> None:
+        wanted = self.layout.state_nbytes + 4 * checked if self.layout.state else None
+        if (None if state is None else len(state)) != wanted:
+            raise ValueError(f"the layout's recurrent state takes {wanted} bytes, got {None if state is None else len(state)}")
+
     def _add_row(self, key: str, context: Context, ids: Sequence[int], ranges: Mapping[str, Range]) -> None:
         parent = bytes.fromhex(context.value) if isinstance(context.value, str) else bytes(32)
-        tiers = [x for offset, size, sha in ranges.values() for x in (offset, size, np.frombuffer(bytes.fromhex(sha), np.uint8))]
+        columns = [x for offset, size, sha in ranges.values() for x in (offset, size, np.frombuffer(bytes.fromhex(sha), np.uint8))]
         self.rows.append(
             (
                 np.frombuffer(bytes.fromhex(key), np.uint8),
@@ -152,7 +168,7 @@ class PackWriter:
                 context.tokens,
                 self.slots,
                 len(ids),
-                *tiers,
+                *columns,
             )
         )
         padding = -len(ids) % self.encoding.block_tokens
@@ -187,9 +203,11 @@ class PackWriter:
         return name
 
     def _publish(self, folder: Path) -> str:
-        files = {f"{array}/{SHARD}": shard.finish() for array, shard in self._shards.items()}
+        files = {shard_name(array): shard.finish() for array, shard in self._shards.items()}
         for tier in self.encoding.tiers:
             files |= self._write(f"{tier.array}/zarr.json", tier_metadata(tier, self.layout, self.encoding, self.slots))
+        if self.layout.state:
+            files |= self._write(f"{STATE}/zarr.json", state_metadata(len(self.rows), self.layout))
         files |= self._write_tokens() | self._write_rows()
         manifest = PackManifest(
             format=FORMAT,
@@ -229,15 +247,16 @@ class PackWriter:
         return self._write("tokens/c.0", data) | self._write("tokens/zarr.json", tokens_metadata(self.slots))
 
     def _write_rows(self) -> dict[str, FileDigest]:
-        data = np.array(self.rows, row_dtype(self.encoding)).tobytes()
-        return self._write("segments/c.0.0", data) | self._write("segments/zarr.json", rows_metadata(len(self.rows), self.encoding))
+        data = np.array(self.rows, row_dtype(arrays_of(self.encoding, self.layout))).tobytes()
+        return self._write("segments/c.0.0", data) | self._write("segments/zarr.json", rows_metadata(len(self.rows), self.encoding, self.layout))
 
 
 def copy_segment(pack: Pack, segment: Segment, writer: PackWriter) -> None:
     """Append a segment to another pack, unit by unit as stored. Raises IntegrityError where its digests do not come out the same."""
     context = Context(segment.context, segment.parent or (), segment.position)
     units = {t.array: pack.units(segment, t.array, whole_records=True) for t in pack.encoding.tiers}
-    copied = writer.add(segment.key, context, pack.ids(segment).tolist(), units, checked=True)
+    state = pack.range(segment, STATE) if pack.layout.state else None
+    copied = writer.add(segment.key, context, pack.ids(segment).tolist(), units, checked=True, state=state)
     for array, (_, size, sha) in copied.items():
         if (size, sha) != segment.ranges[array][1:]:
             raise IntegrityError(f"{pack.folder}/{array}: segment {segment.key[:12]} is damaged", remedy=REMEDY)

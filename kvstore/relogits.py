@@ -11,11 +11,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kvstore.artifact import Stored
-from kvstore.decode import KV, Decoder, Piece, allocate
-from kvstore.families.assemble import dynamic_cache, share
+from kvstore.decode import KV, Decoder, Piece, allocate, stored_states
+from kvstore.families.assemble import dynamic_cache
+from kvstore.families.latent import cached
 from kvstore.families.masking import masks
+from kvstore.families.slots import kv_layers
+from kvstore.families.states import take_states
 from kvstore.manifest import Layout, Regime, Row, TemplateRecord, Tier
 from kvstore.prefill import Prefiller
+from kvstore.scoring import continued, logits_after
 
 if TYPE_CHECKING:
     from transformers import Cache
@@ -108,30 +112,43 @@ def _compare(stored: Stored, place: _Place, template: TemplateRecord, prefiller:
     before = tuple((template.head if place.regime == "prefix" else template.anchor).ids)
     context = prefiller.context((before,)) if before else None
     ids = [int(i) for i in stored.ids]
+    ahead = cached(prefiller.layout, prefiller.run(before, ()), 0) if before else []
     live, following = _continued(prefiller.model, context, ids)
     wanted = _distributions(prefiller.model, live, following)
-    return [_check(place, tier, stored, len(before), live, (following, wanted), prefiller, decoder) for tier in stored.encoding.tiers]
+    return [_check(place, tier, stored, ahead, live, (following, wanted), prefiller, decoder) for tier in stored.encoding.tiers]
 
 
 def _check(
-    place: _Place, tier: Tier, stored: Stored, start: int, live: Cache, said: tuple[list[int], torch.Tensor], prefiller: Prefiller, decoder: Decoder
+    place: _Place,
+    tier: Tier,
+    stored: Stored,
+    ahead: list[KV],
+    live: Cache,
+    said: tuple[list[int], torch.Tensor],
+    prefiller: Prefiller,
+    decoder: Decoder,
 ) -> TierCheck:
-    layers = _replaced(live, stored, tier.name, start, prefiller.layout, decoder, masks(prefiller.model))
-    equal = all(torch.equal(k, x.keys) and torch.equal(v, x.values) for (k, v), x in zip(layers, live.layers, strict=True))
+    layers = _replaced(ahead, stored, tier.name, prefiller.layout, decoder, masks(prefiller.model), live)
+    states = stored_states(stored, prefiller.model.device)
+    loaded = dynamic_cache(prefiller.model.config, layers, states)  # sliding layers keep their window alone, in both
+    pairs = zip(kv_layers(loaded), kv_layers(live), strict=True)
+    equal = all(torch.equal(x.keys, y.keys) and torch.equal(x.values, y.values) for x, y in pairs)
+    equal = equal and all(torch.equal(x.value, y.value) for x, y in zip(states, take_states(live), strict=True))
     following, wanted = said
-    found = _distributions(prefiller.model, dynamic_cache(prefiller.model.config, layers), following)
+    found = _distributions(prefiller.model, loaded, following)
     kl = float((wanted.exp() * (wanted - found)).sum(-1).mean())
     agreement = float((wanted.argmax(-1) == found.argmax(-1)).float().mean())
     kl = max(0.0, kl) if math.isfinite(kl) else NOT_FINITE
     return TierCheck(place.row.source, place.passage, place.regime, tier.name, tier.exact, equal, kl, agreement)
 
 
-def _replaced(live: Cache, stored: Stored, tier: str, start: int, layout: Layout, decoder: Decoder, masked: bool) -> list[KV]:
-    """The live cache's tensors with the segment's tokens as the store has them."""
-    tokens = stored.segment.tokens
-    layers = allocate(layout, start + tokens, live.layers[0].keys.device)
-    for (keys, values), layer in zip(layers, live.layers, strict=True):
-        keys[..., :start, :], values[..., :start, :] = layer.keys[..., :start, :], layer.values[..., :start, :]
+def _replaced(ahead: list[KV], stored: Stored, tier: str, layout: Layout, decoder: Decoder, masked: bool, live: Cache) -> list[KV]:
+    """The tokens `ahead` as they were computed, and after them the segment's as the store has them, [1, kv_heads, tokens, channels] each."""
+    tokens, start = stored.segment.tokens, ahead[0][0].shape[-2] if ahead else 0
+    layers = allocate(layout, start + tokens, kv_layers(live)[0].keys.device)
+    for pair, slots in zip(ahead, layers, strict=False):  # none where nothing stands ahead
+        for computed, into in zip(pair, slots, strict=True):
+            into[..., :start, :] = computed
     decoder.decode(Piece(stored, tier, tokens, start, start), layers, masked=masked)
     return layers
 
@@ -149,10 +166,7 @@ def _continued(model: Any, context: Cache | None, ids: Sequence[int]) -> tuple[C
 
 def _step(model: Any, cache: Cache | None, ids: Sequence[int]) -> tuple[Cache, torch.Tensor]:
     """A cache that went on with `ids` (the given one stays as it was), and the last logits [vocabulary]."""
-    with torch.inference_mode():
-        out = model(
-            torch.tensor([list(ids)], device=model.device), past_key_values=None if cache is None else share(cache), use_cache=True, logits_to_keep=1
-        )
+    out = continued(model, cache, ids, logits_to_keep=1)
     return out.past_key_values, out.logits[0, -1]
 
 
@@ -162,7 +176,5 @@ def _drawn(logits: torch.Tensor, chance: torch.Generator) -> int:
 
 def _distributions(model: Any, cache: Cache, following: Sequence[int]) -> torch.Tensor:
     """float32 [tokens, vocabulary]: log-probabilities after each of `following`, in one pass."""
-    with torch.inference_mode():
-        logits = model(torch.tensor([list(following)], device=model.device), past_key_values=share(cache), use_cache=True).logits
-    found: torch.Tensor = logits[0].float().log_softmax(-1)
+    found: torch.Tensor = logits_after(model, cache, following).float().log_softmax(-1)
     return found

@@ -31,10 +31,17 @@ class Scores:
 
 def logits_after(model: Any, cache: Any, ids: Sequence[int], keep: int = 0) -> torch.Tensor:
     """Logits [tokens, vocabulary] in the model's dtype after each of `ids`, or the last `keep`: one pass after `cache`, which stays as it was."""
+    found: torch.Tensor = continued(model, cache, ids, logits_to_keep=keep).logits[0]
+    return found
+
+
+def continued(model: Any, cache: Any, ids: Sequence[int], **more: Any) -> Any:
+    """The model's output over `ids`, one sequence, after `cache`, which stays as it was; None: from the first position."""
     with torch.inference_mode():
         past, given = None if cache is None else share(cache), torch.tensor([list(ids)], device=model.device)
-        found: torch.Tensor = model(given, past_key_values=past, use_cache=True, logits_to_keep=keep).logits[0]
-    return found
+        start = 0 if past is None else int(past.get_seq_length())  # said aloud: some hybrids of transformers begin at 0 after any cache
+        places = torch.arange(start, start + len(ids), device=model.device)[None]
+        return model(given, position_ids=places, past_key_values=past, use_cache=True, **more)
 
 
 def compare(live: torch.Tensor, found: torch.Tensor, following: Sequence[int]) -> Scores:

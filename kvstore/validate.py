@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy.typing as npt
 from kvstore.codecs import CALIBRATED, NAMES
 from kvstore.errors import FormatError, IntegrityError
 from kvstore.manifest import CodecSpec, Encoding, Layout, PackManifest, RopeRecord
+from kvstore.pack_files import STATE, arrays_of, expected_files, shard_name
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}")
 _RESERVED = {"tokens", "segments"}
@@ -18,11 +20,12 @@ _LIMITS = {"layers": 1 << 14, "kv_heads": 1 << 14, "head_dim": 1 << 16}
 MAX_BLOCK = 1 << 12  # as codecs/base.py
 MAX_CHANNELS = 1 << 20
 MAX_SLOTS = 1 << 40
+MAX_STATE = 1 << 36
 
 
 def require_manifest(manifest: PackManifest, where: str) -> None:
     """Raises FormatError naming the first thing that no pack of this version can say."""
-    problem = (_layout_problem(manifest.layout) or _encoding_problem(manifest.encoding)
+    problem = (_layout_problem(manifest.layout) or _encoding_problem(manifest.encoding) or _array_problem(manifest)
                or _counts_problem(manifest) or _files_problem(manifest))  # fmt: skip
     if problem:
         raise FormatError(f"{where}: {problem}", remedy="it was not written by kvstore: `kvstore gc --drop-damaged` removes it")
@@ -38,7 +41,21 @@ def _layout_problem(layout: Layout) -> str | None:
         return f"layout.rope_of names {len(layout.rope_of)} layers of {layout.layers}"
     if any(r is not None and not 0 <= r < len(layout.ropes) for r in layout.rope_of):
         return "layout.rope_of names a RoPE record that is not there"
-    return next((p for p in (_rope_problem(r, layout.head_dim) for r in layout.ropes) if p), None)
+    if problem := _state_problem(layout):
+        return problem
+    if layout.latent is not None and (layout.kv_heads != 1 or sum(layout.latent) != 2 * layout.head_dim):
+        return f"layout.latent is {layout.latent}, of {layout.kv_heads} heads of {layout.head_dim} channels"
+    if (layout.rope_regime == "static") != (layout.rope_limit is None):
+        return f"layout.rope_regime is {layout.rope_regime!r} with rope_limit {layout.rope_limit}"
+    return next((p for p in (_rope_problem(r, layout.widths[layout.turned]) for r in layout.ropes) if p), None)
+
+
+def _state_problem(layout: Layout) -> str | None:
+    """The bytes on disk follow the order of the list, so there must be only one."""
+    places = [(t.layer, t.name) for t in layout.state]
+    if any(after <= before for before, after in pairwise(places)):
+        return "layout.state is not in the order of layers and names"
+    return f"layout.state takes {layout.state_nbytes} bytes" if layout.state_nbytes > MAX_STATE else None
 
 
 def _rope_problem(rope: RopeRecord, head_dim: int) -> str | None:
@@ -81,6 +98,12 @@ def _tier_problem(encoding: Encoding, at: int) -> str | None:
     return None if 0 <= tier.level < 256 else f"tier {tier.name!r} has level {tier.level}"
 
 
+def _array_problem(manifest: PackManifest) -> str | None:
+    """The name is taken only where there is a state: tiers of older packs may have it."""
+    clash = manifest.layout.state and any(t.array == STATE for t in manifest.encoding.tiers)
+    return f"tier array {STATE!r} is that of the recurrent states" if clash else None
+
+
 def _counts_problem(manifest: PackManifest) -> str | None:
     block = manifest.encoding.block_tokens
     if manifest.encoding_id != manifest.encoding.id:
@@ -91,7 +114,7 @@ def _counts_problem(manifest: PackManifest) -> str | None:
 
 
 def _files_problem(manifest: PackManifest) -> str | None:
-    expected = expected_files(manifest.encoding)
+    expected = expected_files(manifest.encoding, manifest.layout)
     if manifest.files.keys() != expected.keys():
         return f"files are not those of its tiers: {min(manifest.files.keys() ^ expected.keys())!r}"
     for name, hashed in expected.items():
@@ -100,14 +123,16 @@ def _files_problem(manifest: PackManifest) -> str | None:
             return f"the entry of {name} in files is not valid"
     groups = -(-manifest.layout.layers // manifest.encoding.group_layers)
     index = groups * (manifest.slots // manifest.encoding.block_tokens) * 16 + 4
-    short = (t.array for t in manifest.encoding.tiers if manifest.files[f"{t.array}/c.0.0.0.0"].bytes < index)
-    return next((f"the shard of {a} is too short for {manifest.slots} slots" for a in short), None)
+    short = (t.array for t in manifest.encoding.tiers if manifest.files[shard_name(t.array)].bytes < index)
+    return next((f"the shard of {a} is too short for {manifest.slots} slots" for a in short), None) or _state_file_problem(manifest)
 
 
-def expected_files(encoding: Encoding) -> dict[str, bool]:
-    """Every file of a pack beside its own zarr.json, and whether the manifest holds its sha256."""
-    tiers = {f"{t.array}/{name}": hashed for t in encoding.tiers for name, hashed in (("zarr.json", True), ("c.0.0.0.0", False))}
-    return tiers | {"tokens/zarr.json": True, "tokens/c.0": True, "segments/zarr.json": True, "segments/c.0.0": True}
+def _state_file_problem(manifest: PackManifest) -> str | None:
+    """The units' sizes are known: each is as long as the state and its crc32c, and the index follows."""
+    if not manifest.layout.state:
+        return None
+    found, wanted = manifest.files[shard_name(STATE)].bytes, manifest.segments * (manifest.layout.state_nbytes + 4 + 16) + 4
+    return None if found == wanted else f"the shard of {STATE} has {found} bytes, {manifest.segments} segments take {wanted}"
 
 
 def require_rows(rows: npt.NDArray[np.void], manifest: PackManifest, where: str) -> None:
@@ -128,13 +153,15 @@ def require_rows(rows: npt.NDArray[np.void], manifest: PackManifest, where: str)
 
 
 def _range_problem(rows: npt.NDArray[np.void], manifest: PackManifest) -> str | None:
-    for tier in manifest.encoding.tiers:
-        offset, size = rows[f"{tier.array}.offset"], rows[f"{tier.array}.nbytes"]
-        most = np.uint64(manifest.files[f"{tier.array}/c.0.0.0.0"].bytes)
+    for array in arrays_of(manifest.encoding, manifest.layout):
+        offset, size = rows[f"{array}.offset"], rows[f"{array}.nbytes"]
+        most = np.uint64(manifest.files[shard_name(array)].bytes)
         if (offset > most).any() or (size > most - np.minimum(offset, most)).any():
-            return f"a segment lies outside the file of {tier.array}"
+            return f"a segment lies outside the file of {array}"
         if _overlap(offset, size):
-            return f"two segments share bytes of {tier.array}"
+            return f"two segments share bytes of {array}"
+    if manifest.layout.state and (rows[f"{STATE}.nbytes"] != manifest.layout.state_nbytes + 4).any():
+        return "a segment's recurrent state has not the size that the layout says"
     return None
 
 

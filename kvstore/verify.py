@@ -18,7 +18,7 @@ from kvstore.calibration.shelf import CALIBRATIONS
 from kvstore.errors import KvstoreError, NotFoundError
 from kvstore.identity import make_model
 from kvstore.manifest import ModelRecord, Row, Snapshot, StoreRecord, TemplateRecord, parse_group, zarr_group
-from kvstore.pack import PACKS, Pack
+from kvstore.pack import CONTEXT_KINDS, PACKS, Pack
 from kvstore.quality_upkeep import report_findings
 from kvstore.records import MODELS, TEMPLATES, read_model, read_probe, read_template
 from kvstore.snapshot import FOLDER as SNAPSHOTS
@@ -91,6 +91,7 @@ class _Run:
         self.templates: dict[str, TemplateRecord] = {}
         self.known: dict[str, CalibrationRecord] = {}  # intact calibrations
         self.stored: dict[tuple[str, str], int] = {}  # (encoding, segment key) -> tokens
+        self.parents: dict[tuple[str, str], str] = {}
 
     def _note(self, where: str, problems: Iterable[str]) -> None:
         self.report.problems += [Problem(where, p) for p in problems]
@@ -190,9 +191,11 @@ class _Run:
 
     def _count(self, pack: Pack) -> None:
         self.report.segments += len(pack.rows)
-        self.report.bytes += int(sum(pack.rows[f"{t.array}.nbytes"].sum() for t in pack.encoding.tiers))
+        self.report.bytes += int(sum(pack.rows[f"{a}.nbytes"].sum() for a in pack.arrays))
         keys = (k.tobytes().hex() for k in pack.rows["key"])
         self.stored |= {(pack.manifest.encoding_id, k): int(t) for k, t in zip(keys, pack.rows["tokens"], strict=True)}
+        after = pack.rows[pack.rows["context"] == CONTEXT_KINDS.index("parent")]
+        self.parents |= {(pack.manifest.encoding_id, r["key"].tobytes().hex()): r["parent"].tobytes().hex() for r in after}
 
     def snapshots(self) -> None:
         """The chain, and that what the newest and the tagged ones name is stored."""
@@ -257,4 +260,9 @@ class _Run:
             if (row.encoding, key) not in self.stored:
                 return f"missing artifact: segment {key[:12]} in encoding {row.encoding[:12]}"
         found = [(p.tokens, self.stored[row.encoding, k]) for p in row.passages for k in (p.prefix, p.isolated) if k is not None]
+        if any(c.passage >= len(row.passages) for c in row.chained):
+            return "a chain of a passage that it does not have"
+        found += [(row.passages[c.passage].tokens, self.stored[row.encoding, c.key]) for c in row.chained]
+        if (wrong := next((c for c in row.chained if self.parents.get((row.encoding, c.key)) != c.parent), None)) is not None:
+            return f"segment {wrong.key[:12]} does not stand after segment {wrong.parent[:12]}"
         return next((f"a passage of {ours} tokens is stored with {theirs}" for ours, theirs in found if ours != theirs), None)

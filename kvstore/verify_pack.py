@@ -12,6 +12,7 @@ from kvstore.errors import KvstoreError
 from kvstore.identity import Context, segment_key
 from kvstore.manifest import ModelRecord
 from kvstore.pack import NO_TOKEN, Pack, Segment, crc32c
+from kvstore.pack_files import STATE, shard_name
 
 Finding = tuple[str, str]  # the file, what is wrong with it
 
@@ -68,28 +69,40 @@ def _token_problems(pack: Pack) -> Iterator[Finding]:
 
 
 def _index_problems(pack: Pack) -> Iterator[Finding]:
-    for tier in pack.encoding.tiers:
+    for array in pack.arrays:
         try:
-            pack.index(tier.array)
+            pack.index(array)
         except KvstoreError as error:
-            yield f"{tier.array}/c.0.0.0.0", error.message
+            yield shard_name(array), error.message
 
 
 def segment_problems(pack: Pack, segment: Segment) -> list[str]:
-    """What of a segment is not as it was written: its ids; in every tier every unit's crc32c, the sha256, nothing between the units."""
+    """What of a segment is not as it was written: its ids; in every tier every unit's crc32c, the sha256, nothing between the units; its state."""
     found = []
     try:
         if (pack.ids(segment) == NO_TOKEN).any():
             found.append(f"segment {segment.key[:12]}: padding among its token ids")
     except KvstoreError as error:
         found.append(error.message)
-    for tier in pack.encoding.tiers:
+    for array in pack.arrays:
         try:
-            if problem := _tier_problem(pack, segment, tier.array):
-                found.append(f"segment {segment.key[:12]}, {tier.array}: {problem}")
+            if problem := (_state_problem(pack, segment) if array == STATE else _tier_problem(pack, segment, array)):
+                found.append(f"segment {segment.key[:12]}, {array}: {problem}")
         except KvstoreError as error:
             found.append(error.message)
     return found
+
+
+def _state_problem(pack: Pack, segment: Segment) -> str | None:
+    """Its crc32c, its sha256, and that the index knows it at the segment's row."""
+    offset, size, digest = segment.ranges[STATE]
+    whole = pack.range(segment, STATE)
+    if crc32c(whole[:-4]) != int.from_bytes(whole[-4:], "little"):
+        return "fails its crc32c"
+    row = int(np.flatnonzero(pack.rows["start"] == segment.start)[0])
+    if pack.index(STATE)[row, 0].tolist() != [offset, size]:
+        return "its index names another place"
+    return None if sha256(whole) == digest else "does not match its sha256"
 
 
 def _tier_problem(pack: Pack, segment: Segment, array: str) -> str | None:

@@ -11,12 +11,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kvstore.errors import InputError
+from kvstore.errors import IncompatibleError, InputError
 from kvstore.families.assemble import share
-from kvstore.families.attention import observing
+from kvstore.families.attention import Take, observing
 from kvstore.families.capture import forward, prefill
 from kvstore.families.masking import masking
 from kvstore.families.refuse import new_cache
+from kvstore.families.slots import kv_slots
 from kvstore.policies import Assignment, Policy
 from kvstore.policies.base import Flags, Floats
 from kvstore.prefill import Chain, Prefiller
@@ -116,10 +117,11 @@ class SegmentView:
                 own = weights[..., self.start : self.start + len(self.ids)]
                 best[layer] = torch.maximum(best[layer], own.amax((1, 2)).cpu())
 
+            self._require_heads()
             model, layout = self.prefiller.model, self.prefiller.layout
             live = prefill(model, layout, self.ids.tolist(), self._context())[1]
             for run in self._repeats():
-                with observing(model, take):
+                with observing(model, self._of_stored(take)):
                     self._forward(run, share(live))
             self._reconstruction = best.numpy()
         return self._reconstruction
@@ -129,15 +131,34 @@ class SegmentView:
         config = self.prefiller.model.config.get_text_config(decoder=True)
         return int(config.num_attention_heads) // self.kv_heads
 
+    def _require_heads(self) -> None:
+        """Attention that expands its heads from latents has none to judge: one row of latents is all that is stored of a token."""
+        if self.prefiller.layout.latent is not None:
+            raise IncompatibleError(
+                "latent attention cannot be observed head by head",
+                remedy="build with the policy uniform, or sink+recent: they do not look at attention",
+            )
+
     def _context(self) -> Any:
         before = self.prefiller.context(self.chain)
         return None if before is None else share(before)
 
-    def _observe(self, take: Callable[[int, Tensor, int], None]) -> None:
+    def _observe(self, take: Take) -> None:
         """One observed pass over the segment after its context."""
+        self._require_heads()
         cache = self._context()
-        with observing(self.prefiller.model, take):
+        with observing(self.prefiller.model, self._of_stored(take)):
             self._forward(self.ids.tolist(), new_cache(self.prefiller.model) if cache is None else cache)
+
+    def _of_stored(self, take: Take) -> Take:
+        """`take` by stored layer, where `observing` counts all layers of the model; those that borrow another's keys are left out."""
+        places = {slot: layer for layer, slot in enumerate(kv_slots(new_cache(self.prefiller.model)))}
+
+        def stored(index: int, weights: Tensor, row: int) -> None:
+            if index in places:
+                take(places[index], weights, row)
+
+        return stored
 
     def _forward(self, ids: Sequence[int], cache: Any) -> None:
         first = int(cache.get_seq_length())

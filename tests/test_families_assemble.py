@@ -99,8 +99,9 @@ def test_what_writes_in_place_cannot_be_shared(model: nn.Module, layers: Layers)
 def test_wrong_layers_are_refused(model: nn.Module, layers: Layers) -> None:
     with pytest.raises(IncompatibleError, match="caches 3 layers, got keys and values of 2"):
         dynamic_cache(model.config, layers[:2])
-    window = tiny.refused("mistral-window").config
-    with pytest.raises(IncompatibleError, match="DynamicSlidingWindowLayer"):
-        dynamic_cache(window, layers)
-    with pytest.raises(IncompatibleError, match="StaticSlidingWindowLayer"):
-        static_cache(window, layers, 60)
+    hybrid = tiny.supported("qwen3_next").config
+    with pytest.raises(IncompatibleError, match="caches 2 layers, got keys and values of 3"):
+        dynamic_cache(hybrid, layers)
+    window = tiny.supported("mistral-window").config
+    with pytest.raises(IncompatibleError, match="layer 0 of the model's cache is a StaticSlidingWindowLayer, expected StaticLayer"):
+        static_slots(window, layers, 60)

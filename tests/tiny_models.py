@@ -17,6 +17,7 @@ from kvstore.families.measure import require_layout
 from kvstore.manifest import Layout
 
 VOCAB, WINDOW = 160, 16
+EAGER = ("gemma2", "gpt_oss", "bloom")  # capped scores, sinks, ALiBi: no sdpa
 BASE: dict[str, Any] = {
     "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 512, "initializer_range": 0.18, "head_dim": 16,
@@ -47,6 +48,12 @@ def rope(kind: str, **more: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **more}}
 
 
+def sliding(*types: str, **more: Any) -> dict[str, Any]:
+    """Layers that slide where `types` has an s, full ones where it has an f."""
+    names = {"s": "sliding_attention", "f": "full_attention"}
+    return {"sliding_window": WINDOW, "num_hidden_layers": len(types), "layer_types": [names[t] for t in types], **more}
+
+
 LONG = rope("longrope", short_factor=[1.0] * 8, long_factor=[2.0] * 8, original_max_position_embeddings=128)
 
 SUPPORTED: dict[str, tuple[str, dict[str, Any]]] = {
@@ -71,28 +78,44 @@ SUPPORTED: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo2": ("olmo2", {"head_dim": ...}),
 }
 
+# beyond full attention with keys that one table of frequencies turns: windows, shared layers, latents, tables that follow the prompt's length
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mistral-window": ("mistral", {"sliding_window": WINDOW}),
+    "gemma2": ("gemma2", {"sliding_window": WINDOW, "query_pre_attn_scalar": 16}),
+    "gemma3": ("gemma3_text", sliding(*"ssf", query_pre_attn_scalar=16)),
+    "gemma3n": (
+        "gemma3n_text",
+        sliding(
+            *"sfsfsf", num_kv_shared_layers=2, vocab_size_per_layer_input=VOCAB, hidden_size_per_layer_input=16, altup_num_inputs=2, laurel_rank=8
+        ),
+    ),
+    "gpt_oss": ("gpt_oss", sliding(*"sfs", num_local_experts=4, num_experts_per_tok=2)),
+    "cohere2": ("cohere2", sliding(*"sfs")),
+    "olmo3": ("olmo3", sliding(*"sfs", head_dim=...)),
+    "deepseek_v2": ("deepseek_v2", {**MLA, "topk_method": "greedy"}),
+    "deepseek_v3": ("deepseek_v3", {**MLA, "num_mtp_layers": 0}),
+    "phi3-longrope": ("phi3", {"sliding_window": None, "original_max_position_embeddings": 128, **LONG}),
+    "llama-dynamic": ("llama", rope("dynamic", factor=2.0)),
+}
+
+HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3_next": ("qwen3_next", NEXT),
+    "falcon_h1": ("falcon_h1", {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_state": 16, "mamba_chunk_size": 16}),
+}
+
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
-    "mistral-window": ("mistral", {"sliding_window": WINDOW}, "DynamicSlidingWindowLayer"),
-    "gemma2": ("gemma2", {"sliding_window": WINDOW, "query_pre_attn_scalar": 16}, "sliding_attention"),
-    "gemma3": (
-        "gemma3_text",
+    "llama4": (
+        "llama4_text",
         {
-            "sliding_window": WINDOW,
-            "query_pre_attn_scalar": 16,
-            "layer_types": ["sliding_attention"] * 2 + ["full_attention"],
+            "intermediate_size_mlp": 96,
+            "num_local_experts": 2,
+            "num_experts_per_tok": 1,
+            "attention_chunk_size": WINDOW,
+            "no_rope_layers": [1, 1, 0],
+            "moe_layers": [],
         },
-        "sliding_attention",
+        "chunked_attention",
     ),
-    "deepseek_v2": ("deepseek_v2", {**MLA, "topk_method": "greedy"}, r"keys are \[1, 24\] and values \[1, 8\]"),
-    "deepseek_v3": ("deepseek_v3", {**MLA, "num_mtp_layers": 0}, r"keys are \[1, 24\] and values \[1, 8\]"),
-    "qwen3_next": ("qwen3_next", NEXT, "LinearAttentionLayer"),
-    "falcon_h1": (
-        "falcon_h1",
-        {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_state": 16, "mamba_chunk_size": 16},
-        "LinearAttentionAndFullAttentionLayer",
-    ),
-    "phi3-longrope": ("phi3", {"sliding_window": None, "original_max_position_embeddings": 128, **LONG}, "longrope"),
-    "llama-dynamic": ("llama", rope("dynamic", factor=2.0), "dynamic"),
     "gpt2": ("gpt2", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512}, "values move with position"),
     "bloom": ("bloom", {"n_layer": 2, "n_head": 4}, "position_ids"),
 }
@@ -118,17 +141,18 @@ def enliven(model: nn.Module) -> nn.Module:
 @cache
 def measured(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Layout]:
     """A supported model and its layout, made once a test process: tests leave it as it is."""
-    model = make(*SUPPORTED[name], dtype=dtype)
+    model = supported(name, dtype)
     return model, require_layout(model)
 
 
 def supported(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
-    return make(*SUPPORTED[name], dtype=dtype)
+    kind, fields = (SUPPORTED | FAMILIES | HYBRIDS)[name]
+    return make(kind, fields, dtype, "eager" if kind in EAGER else "sdpa")
 
 
 def refused(name: str) -> nn.Module:
     kind, fields, _ = REFUSED[name]
-    return make(kind, fields, attention="eager" if kind in ("gemma2", "bloom") else "sdpa")
+    return make(kind, fields, attention="eager" if kind in EAGER else "sdpa")
 
 
 def twirl(q: torch.Tensor, k: torch.Tensor, phase: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

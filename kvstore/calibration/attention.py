@@ -20,6 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvstore.calibration.live import Live
 from kvstore.families.rope import unrotate
+from kvstore.families.slots import slides
 
 NAME = "kvstore_watched"
 Splits = Sequence[tuple[Sequence[int], Iterator[tuple[int, int]]]]
@@ -33,15 +34,18 @@ class _Watch:
 
 
 def attention_blocks(live: Live, sequences: Splits, tick: Callable[[int], None]) -> Tensor | None:
-    """float64 [layers, 2, channels, channels]; None where the model's attention does not go through transformers' interface."""
+    """float64 [layers, 2, channels, channels]; None where the model's attention does not go through transformers' interface, reads keys and values
+    that it expands from latents, or only those of a window."""
     layout, total = live.layout, 0
+    if layout.latent is not None or slides(live.model.config):
+        return None
     blocks = torch.zeros(layout.layers, 2, layout.channels, layout.channels, dtype=torch.float64, device=live.device)
     outputs = torch.zeros(layout.layers, dtype=torch.float64, device=live.device)
     for ids, splits in sequences:
         x = live.values(ids)
         for at, end in splits:
             with torch.no_grad(), watching(live) as watch:
-                live.following(x[:at], ids[at:end])
+                live.following(x[:at], ids[at:end], ids[:at])
             if len(watch.calls) != layout.layers:
                 return None
             for layer, call in enumerate(watch.calls):

@@ -14,7 +14,10 @@ from torch import Tensor, nn
 
 from kvstore.families.assemble import KeysValues, dynamic_cache
 from kvstore.families.capture import evaluating, prefill
-from kvstore.families.rope import rotate
+from kvstore.families.latent import to_cache
+from kvstore.families.refuse import new_cache
+from kvstore.families.slots import kv_slots
+from kvstore.families.states import States, differentiable, take_states
 from kvstore.manifest import Layout
 
 WIDE_BYTES = 2 << 30  # weights up to this are run in float32: bfloat16 adds noise of the size of what is measured
@@ -40,21 +43,28 @@ class Live:
         flat = [torch.stack([t.to(self.device).transpose(0, 1).reshape(len(ids), -1).float() for t in kv], 1) for kv in layers]
         return torch.stack(flat, 1)
 
-    def following(self, x: Tensor, ids: Sequence[int]) -> Tensor:
-        """Logits float32 [len(ids), vocabulary] after each of `ids`, which follow the prefix `x`; differentiable in `x`."""
-        cache = dynamic_cache(self.model.config, self._layers(x))
+    def following(self, x: Tensor, ids: Sequence[int], before: Sequence[int]) -> Tensor:
+        """Logits float32 [len(ids), vocabulary] after each of `ids`, which follow the prefix `x` of the ids `before`; differentiable in `x`.
+
+        Recurrent states are those that the prefix leaves live, since they are stored exactly.
+        """
+        cache = differentiable(dynamic_cache(self.model.config, self._layers(x), self._states(before)))
         with torch.autocast(self.device.type, enabled=False), evaluating(self.model):
-            out = self.model(torch.tensor([list(ids)], device=self.device), past_key_values=cache, use_cache=True)
+            places = torch.arange(len(x), len(x) + len(ids), device=self.device)[None]  # some hybrids of transformers begin at 0 after any cache
+            out = self.model(torch.tensor([list(ids)], device=self.device), position_ids=places, past_key_values=cache, use_cache=True)
         logits: Tensor = out.logits[0].float()
         return logits
 
+    def _states(self, ids: Sequence[int]) -> States:
+        return take_states(prefill(self.model, self.layout, ids)[1]) if self.layout.state else ()
+
     def _layers(self, x: Tensor) -> list[KeysValues]:
-        """Keys rotated and values [1, kv_heads, tokens, head_dim], as the model caches them at the first positions."""
-        layout, positions, found = self.layout, torch.arange(len(x)), []
-        for layer, rope in enumerate(layout.rope_of):
-            keys, values = (self._heads(x[:, layer, kind], layer) for kind in (0, 1))
-            turned = keys if rope is None else rotate(keys, positions.to(keys.device), layout.ropes[rope])
-            found.append((turned[None], values[None]))
+        """Keys and values, rotated as the model caches them at the first positions: [1, kv_heads, tokens, channels of each]."""
+        positions, found = torch.arange(len(x)), []
+        for layer in range(self.layout.layers):
+            stored = (self._heads(x[:, layer, 0], layer), self._heads(x[:, layer, 1], layer))
+            keys, values = to_cache(self.layout, layer, stored, positions)
+            found.append((keys[None], values[None]))
         return found
 
     def _heads(self, flat: Tensor, layer: int) -> Tensor:
@@ -62,9 +72,12 @@ class Live:
         return heads.to(device=self.device_of(layer), dtype=self.model.dtype)
 
     def device_of(self, layer: int) -> torch.device | str | int:
-        """Where a layer's cache lies; models spread over devices carry a map of their parts."""
+        """Where a stored layer's cache lies; models spread over devices carry a map of their parts."""
         spread: dict[str, Any] = getattr(self.model, "hf_device_map", None) or {}
-        return next((place for name, place in spread.items() if name.endswith(f"layers.{layer}")), self.device)
+        if not spread:
+            return self.device
+        index = kv_slots(new_cache(self.model))[layer]
+        return next((place for name, place in spread.items() if name.endswith(f"layers.{index}")), self.device)
 
 
 def _widened(model: Any) -> Any:

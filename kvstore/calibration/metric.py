@@ -70,19 +70,19 @@ def fisher_blocks(live: Live, sequences: Sequence[Excerpt], seed: int, tick: Tic
     for sequence in sequences:
         x = live.values(sequence.ids)
         for at, end in splits_of(len(sequence)):
-            gradient = _gradient(live, x[:at], sequence.ids[at:end], chance)
+            gradient = _gradient(live, x[:at], sequence.ids[:end], chance)
             _accumulate(blocks, gradient)
             total += at
         tick(len(sequence))
     return _checked(blocks / max(total, 1))
 
 
-def _gradient(live: Live, x: Tensor, following: Sequence[int], chance: torch.Generator) -> Tensor:
-    """g [tokens, layers, 2, channels]: of the log-likelihood of drawn tokens, at `x`."""
+def _gradient(live: Live, x: Tensor, ids: Sequence[int], chance: torch.Generator) -> Tensor:
+    """g [tokens, layers, 2, channels]: of the log-likelihood of tokens drawn after each of `ids` that `x` does not hold, at `x`."""
     try:
         with frozen(live.model):
             leaf = x.clone().requires_grad_()
-            logits = live.following(leaf, following).log_softmax(-1)
+            logits = live.following(leaf, ids[len(x) :], ids[: len(x)]).log_softmax(-1)
             drawn = torch.multinomial(logits.detach().exp().cpu(), 1, generator=chance).to(logits.device)
             (gradient,) = torch.autograd.grad(logits.gather(-1, drawn).sum(), leaf)
             return gradient.detach()

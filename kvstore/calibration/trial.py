@@ -105,7 +105,7 @@ class Trials:
 
     @torch.no_grad()
     def _continued(self, held: Held, x: Tensor) -> Tensor:
-        return self.live.following(x, held.following).log_softmax(-1)
+        return self.live.following(x, held.following, held.ids[: held.at]).log_softmax(-1)
 
     def _whole(self, c: Sequence[Tensor]) -> Tensor:
         """Coefficients [tokens, count] a group as x."""

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from kvstore.errors import IncompatibleError
+from kvstore.families.refuse import new_cache
+from kvstore.families.slots import kv_slots
 
 OBSERVED = "kvstore_observed"
 CHUNK = 1 << 24  # attention weights held at once: 64 MiB in float32, whatever the segment's length
@@ -73,8 +75,7 @@ def observing(model: nn.Module, take: Take) -> Iterator[None]:
 
 def require_layers(model: nn.Module, seen: set[int], purpose: str, remedy: str) -> None:
     """Raises IncompatibleError unless every layer with a cache called the registered function."""
-    count = int(model.config.get_text_config(decoder=True).num_hidden_layers)
-    missing = sorted(set(range(count)) - seen)
+    missing = sorted(set(kv_slots(new_cache(model))) - seen)
     if missing:
         raise IncompatibleError(
             f"the attention of {type(model).__name__} cannot {purpose}: layers {missing[:8]} do not call registered attention functions",

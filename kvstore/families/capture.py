@@ -14,7 +14,9 @@ from transformers.cache_utils import Cache
 from kvstore.errors import IncompatibleError, InputError
 from kvstore.families.assemble import share
 from kvstore.families.hooks import watched
+from kvstore.families.latent import fold
 from kvstore.families.rope import Angles, cos_sin, residual, rotate, tolerance, unrotate
+from kvstore.families.slots import require_slots
 from kvstore.manifest import Layout, RopeRecord
 
 
@@ -22,15 +24,16 @@ def prefill(model: nn.Module, layout: Layout, ids: Sequence[int], past: Cache | 
     """Run `ids` (one sequence) after `past`; positions continue after it.
 
     Returns per layer (keys before RoPE, values) of the new tokens, [kv_heads, T, head_dim] in the model's dtype on the
-    layer's device (usually views of token-major memory, as the projections wrote it), and the cache of past and new
-    tokens, ready to go on with. `past` (a DynamicCache) is left as it was. No gradients, no dropout, no LM head.
+    layer's device (usually views of token-major memory, as the projections wrote it; latent attention: the stored halves), and the
+    cache of past and new tokens, ready to go on with: the model's own kind, so that sliding layers of it keep their window alone, while
+    all new tokens of them are returned. `past` (a DynamicCache) is left as it was. No gradients, no dropout, no LM head.
     Raises InputError for no ids, IncompatibleError where a layer's keys are not found although `layout` says hooked.
     """
     if len(ids) == 0:
         raise InputError("no token ids to prefill")
     cache = DynamicCache(config=model.config) if past is None else share(past)
     start = int(cache.get_seq_length())
-    collector = Collector(layout, torch.arange(start, start + len(ids)))
+    collector = Collector(layout, torch.arange(start, start + len(ids)), require_slots(cache, layout.layers))
     with watched(model, cache, collector.take, functions=layout.capture == "hooked"):
         forward(model, torch.tensor(list(ids))[None], collector.positions[None], cache)
     return collector.layers(), cache
@@ -59,29 +62,35 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @dataclass
 class Collector:
-    """Gathers the layers of one prefill: `take` is called with each layer's new keys and values."""
+    """Gathers the layers of one prefill: `take` is called with each layer's new keys and values.
+
+    `slots`: the model's layers that are stored, in order; empty where they are the first ones.
+    """
 
     layout: Layout
     positions: Tensor
+    slots: Sequence[int] = ()
     taken: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     last: dict[int, Angles] = field(default_factory=dict)  # angles at the last position, per rope
 
-    def take(self, layer: int, keys: Tensor, values: Tensor, seen: list[Tensor]) -> None:
-        if layer >= self.layout.layers:
-            raise IncompatibleError(f"layer {layer} has a cache, the layout has {self.layout.layers} layers")
-        rope = self.layout.rope_of[layer]
-        if rope is None:
-            before = keys[0]
-        elif self.layout.capture == "unrotated":
-            before = unrotate(keys[0], self.positions, self.layout.ropes[rope])
-        else:
-            before = self._find(layer, rope, keys[0], seen)
-        self.taken[layer] = (lean(before), lean(values[0]))
+    def take(self, index: int, keys: Tensor, values: Tensor, seen: list[Tensor]) -> None:
+        slots = self.slots or range(self.layout.layers)
+        if index not in slots:
+            raise IncompatibleError(f"layer {index} has a cache, the layout has {self.layout.layers} layers")
+        layer, pair = slots.index(index), [keys[0], values[0]]
+        if (rope := self.layout.rope_of[layer]) is not None:
+            turned = pair[self.layout.turned]
+            if self.layout.capture == "unrotated":
+                before = unrotate(turned, self.positions, self.layout.ropes[rope])
+            else:
+                before = self._find(layer, rope, turned, seen)
+            pair[self.layout.turned] = before
+        first, second = fold(self.layout, *pair)
+        self.taken[layer] = (lean(first), lean(second))
 
     def _find(self, layer: int, rope: int, keys: Tensor, seen: list[Tensor]) -> Tensor:
         """The tensor seen that becomes `keys` when rotated, decided at the last token."""
-        record = self.layout.ropes[rope]
-        here = self.positions[-1:]
+        record, here = self.layout.ropes[rope], self.positions[-1:]
         angles = self.last.get(rope)
         if angles is None or angles.cos.device != keys.device:
             angles = self.last[rope] = cos_sin(here, record, keys.dtype, keys.device)
@@ -113,10 +122,17 @@ def views(seen: list[Tensor], keys: Tensor, record: RopeRecord) -> Iterator[Tens
         x = tensor[0] if tensor.ndim == 4 and tensor.shape[0] == 1 else tensor
         if x.ndim != 3 or x.dtype != keys.dtype or x.shape[-1] not in (width, record.dim):
             continue
-        if x.shape[:2] == (heads, tokens):
-            yield x
-        if x.shape[:2] == (tokens, heads):
-            yield x.transpose(0, 1)
+        forms = [x] if x.shape[:2] == (heads, tokens) else []
+        forms += [x.transpose(0, 1)] if x.shape[:2] == (tokens, heads) else []
+        for form in forms:
+            yield form
+            if record.layout == "half" and form.shape[-1] == record.dim:
+                yield _by_halves(form)
+
+
+def _by_halves(x: Tensor) -> Tensor:
+    """Pairs (2i, 2i + 1) of channels moved to (i, i + dim / 2): some models hold them the one way and cache them the other."""
+    return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
 
 
 def complete(view: Tensor, keys: Tensor, record: RopeRecord) -> Tensor:

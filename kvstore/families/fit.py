@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kvstore.families.rope import residual, tolerance, unrotate
+from kvstore.families.rope import residual, unrotate
 from kvstore.manifest import RopeRecord
 
 HalfOrInterleaved = Literal["half", "interleaved"]
@@ -58,16 +58,16 @@ def moved(a: Tensor, b: Tensor) -> float:
     return residual(b, a)
 
 
-def fit_rotation(keys_at: KeysAt, known: list[Table], offsets: list[int], dtype: torch.dtype) -> Fit | None:
+def fit_rotation(keys_at: KeysAt, known: list[Table], offsets: list[int], dtype: torch.dtype, limit: float) -> Fit | None:
     """The best rotation for one layer, by the residual of keys turned back from `offsets` against position 0.
 
-    Tables of the model come first; frequencies are fitted only where none explains the keys. None: nothing to try.
+    Tables of the model come first; frequencies are fitted only where none explains the keys up to `limit`. None: nothing to try.
     """
     fits = [check(keys_at, offsets, *placed) for placed in _from_tables(known, keys_at(0).shape[-1])]
     best = min(fits, key=_residual, default=None)
-    if best is not None and best.residual <= tolerance(dtype, offsets[-1]):
+    if best is not None and best.residual <= limit:
         return best
-    fitted = fit_frequencies(keys_at, offsets, dtype)
+    fitted = fit_frequencies(keys_at, offsets, dtype, limit)
     return min((fit for fit in (best, fitted) if fit is not None), key=_residual, default=None)
 
 
@@ -106,7 +106,7 @@ def make_record(start: int, layout: HalfOrInterleaved, inv_freq: Tensor) -> Rope
     return RopeRecord(start, 2 * data.size, layout, data.tobytes().hex(), 1.0, "float32", "unnamed")
 
 
-def fit_frequencies(keys_at: KeysAt, offsets: list[int], dtype: torch.dtype) -> Fit | None:
+def fit_frequencies(keys_at: KeysAt, offsets: list[int], dtype: torch.dtype, limit: float) -> Fit | None:
     """Frequencies measured from how the keys turn, for every slice at either end that covers the channels that move.
 
     Each pair's angle per token is read at position 1 and sharpened at positions growing 32-fold, where the value so far
@@ -118,7 +118,7 @@ def fit_frequencies(keys_at: KeysAt, offsets: list[int], dtype: torch.dtype) -> 
         for layout in LAYOUTS:
             record = make_record(start, layout, _frequencies(keys_at, steps, start, dim, layout))
             fits.append(check(keys_at, sorted({*steps, *offsets}), record, None))
-    good = [fit for fit in fits if fit.residual <= tolerance(dtype, offsets[-1])]
+    good = [fit for fit in fits if fit.residual <= limit]
     if good:
         return min(good, key=lambda fit: (fit.record.dim, fit.residual))
     return min(fits, key=_residual, default=None)

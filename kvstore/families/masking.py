@@ -116,6 +116,7 @@ def _masking(chosen: Callable[[nn.Module], Callable[..., Any]], *, boolean: bool
     def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **rest: Any) -> tuple[Tensor, Any]:
         if (called := _called.get()) is not None:
             called.add(layer_of(module))
+            require_plain(module, rest)
         own, dropped = chosen(module), key[..., 0].isnan()
         if not dropped.any():
             return own(module, query, key, value, attention_mask, **rest)

@@ -15,7 +15,8 @@ from transformers.cache_utils import Cache
 
 from kvstore.families.capture import forward
 from kvstore.families.hooks import watched
-from kvstore.families.refuse import new_cache, text_config
+from kvstore.families.refuse import new_cache, rope_limit, text_config
+from kvstore.families.slots import kv_layers, kv_slots
 
 PROBE_TOKENS = 64
 SINGLES = 16  # tokens cached each alone: with a few heads, more than 100 samples of every pair of channels
@@ -47,14 +48,16 @@ def _special_ids(model: nn.Module) -> set[int]:
 
 
 def furthest_position(model: nn.Module) -> int:
-    """The last position of the model's context."""
-    limit = getattr(text_config(model), "max_position_embeddings", None)
-    return (limit if isinstance(limit, int) and limit > PROBE_TOKENS else UNKNOWN_CONTEXT) - 1
+    """The last position of the model's context, with length-dependent RoPE that of its one regime."""
+    config = text_config(model)
+    limit = getattr(config, "max_position_embeddings", None)
+    made_for = limit if isinstance(limit, int) and limit > PROBE_TOKENS else UNKNOWN_CONTEXT
+    return min(made_for, rope_limit(config) or made_for) - 1
 
 
 @dataclass(frozen=True)
 class Seen:
-    """One layer of a watched pass: its keys [1, kv_heads, T, head_dim], and tensors that might be these before RoPE."""
+    """One stored layer of a watched pass: what of it RoPE turns [1, kv_heads, T, channels], and tensors that might be this before RoPE."""
 
     layer: int
     positions: Tensor
@@ -62,14 +65,14 @@ class Seen:
     candidates: list[Tensor]
 
 
-def watch(model: nn.Module, ids: tuple[int, ...], start: int) -> list[Seen]:
-    """Prefill `ids` as one sequence from position `start`, noting what every layer's functions were given."""
-    positions, found = torch.arange(start, start + len(ids)), []
+def watch(model: nn.Module, ids: tuple[int, ...], start: int, turned: int = 0) -> list[Seen]:
+    """Prefill `ids` as one sequence from position `start`, noting what every layer's functions were given. `turned`: 0 keys, 1 values."""
+    positions, found, cache = torch.arange(start, start + len(ids)), [], new_cache(model)
+    slots = kv_slots(cache)
 
-    def note(layer: int, keys: Tensor, values: Tensor, seen: list[Tensor]) -> None:
-        found.append(Seen(layer, positions, keys.clone(), list(seen)))
+    def note(index: int, keys: Tensor, values: Tensor, seen: list[Tensor]) -> None:
+        found.append(Seen(slots.index(index), positions, (keys, values)[turned].clone(), list(seen)))
 
-    cache = new_cache(model)
     with watched(model, cache, note):
         forward(model, torch.tensor(ids)[None], positions[None], cache)
     return found
@@ -94,13 +97,10 @@ class Singles:
             self._runs[position] = cache
         return self._runs[position]
 
-    def keys(self, layer: int, position: int) -> Tensor:
-        """[n, kv_heads, head_dim] on the CPU."""
-        return self.cache(position).layers[layer].keys[:, :, 0].cpu()
-
-    def values(self, layer: int, position: int) -> Tensor:
-        """[n, kv_heads, head_dim] on the CPU."""
-        return self.cache(position).layers[layer].values[:, :, 0].cpu()
+    def pair(self, layer: int, position: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a stored layer, [n, kv_heads, channels] each, on the CPU."""
+        found = kv_layers(self.cache(position))[layer]
+        return found.keys[:, :, 0].cpu(), found.values[:, :, 0].cpu()
 
 
 @contextmanager

@@ -16,8 +16,8 @@ from kvstore.families.probe import Seen
 from kvstore.families.rope import residual, rotate, tolerance
 from kvstore.manifest import RopeRecord
 
-Arithmetic = Literal["model", "float32"]
-ARITHMETICS: tuple[Arithmetic, ...] = ("model", "float32")
+Arithmetic = Literal["model", "float32", "rounded"]
+ARITHMETICS: tuple[Arithmetic, ...] = ("model", "float32", "rounded")
 
 
 @dataclass(frozen=True)
@@ -77,13 +77,15 @@ def _wholes(record: RopeRecord, sample: Seen) -> Iterator[Tensor]:
 
 
 def _scalings(record: RopeRecord, samples: Sequence[Seen], known: Sequence[float]) -> list[float]:
-    """Those of `known` and 1.0 that lie within 0.1 % of the measured scaling; else the measured one itself."""
+    """Those of `known` and 1.0 that lie within 0.1 % of the measured scaling; else the measured one itself, and those that rounding may hide."""
     measured = [m for m in (_measured(record, sample) for sample in samples) if m is not None]
     if not measured:
         return []
     middle = median(measured)
-    near = [s for s in dict.fromkeys([1.0, *known]) if abs(s - middle) < 1e-3 * middle]
-    return near or [float(torch.tensor(middle, dtype=torch.float32))]
+    off = {s: abs(s - middle) / middle for s in (1.0, *known)}
+    near = [s for s, share in off.items() if share < 1e-3]
+    hidden = [s for s, share in off.items() if share < torch.finfo(samples[0].keys.dtype).eps]
+    return near or [*hidden, float(torch.tensor(middle, dtype=torch.float32))]
 
 
 def _measured(record: RopeRecord, sample: Seen) -> float | None:

@@ -2,8 +2,8 @@
 
 A pair (a, b) of channels at position p becomes (a cos - b sin, b cos + a sin), cos and sin of p * inv_freq times the
 record's scaling. `model` arithmetic rounds cos and sin to the keys' dtype and multiplies in it; `float32` multiplies in
-float32 and rounds once. Both repeat the attention layers of transformers operation for operation, so equal inputs give
-equal bits on one device.
+float32 and rounds once; `rounded` does that with cos and sin rounded before. They repeat the attention layers of transformers
+operation for operation, so equal inputs give equal bits on one device.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ def cos_sin(positions: Tensor, record: RopeRecord, dtype: torch.dtype, device: t
     cos, sin = angle.cos(), angle.sin()
     if record.scaling != 1.0:
         cos, sin = cos * record.scaling, sin * record.scaling
+    if record.arithmetic != "float32":
+        cos, sin = cos.to(dtype), sin.to(dtype)
     product = dtype if record.arithmetic == "model" else torch.float32
     return Angles(cos.to(product), sin.to(product))
 
