@@ -9,6 +9,7 @@ import numpy as np
 
 from kvstore.artifact import Artifact, Stored, tier_chain
 from kvstore.certificates import Source
+from kvstore.chain_rows import before
 from kvstore.inventory import CalibrationTotal, calibrations_in, raw_token_nbytes, regimes_of
 from kvstore.manifest import Row
 from kvstore.store import Store
@@ -44,7 +45,7 @@ class TierDetail:
 
 @dataclass(frozen=True)
 class SegmentDetail:
-    """One stored segment: `regime` is prefix, isolated, or both where it is stored once for both."""
+    """One stored segment: `regime` is prefix, isolated, both where it is stored once for both, or chain: `after` these passages (and the head)."""
 
     passage: int
     regime: str
@@ -53,6 +54,7 @@ class SegmentDetail:
     pack: str
     tokens: int
     position: int
+    after: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -135,9 +137,16 @@ def _segments(artifact: Artifact, first: int) -> list[SegmentDetail]:
         if passage.prefix == passage.isolated:
             keys = {"both": passage.prefix}
         found += [_segment(artifact.store.stored(key, artifact.row.encoding), number, regime) for regime, key in keys.items() if key is not None]
-    return found
+    return found + _chained(artifact, range(first, first + len(artifact.passages)))
 
 
-def _segment(stored: Stored, number: int, regime: str) -> SegmentDetail:
+def _chained(artifact: Artifact, passages: range) -> list[SegmentDetail]:
+    row, store = artifact.row, artifact.store
+    mine = [c for c in row.chained if c.passage in passages]
+    rows = store.rows(model=row.model, template=row.template, encoding=row.encoding) if mine else []
+    return [_segment(store.stored(c.key, row.encoding), c.passage, "chain", tuple(before(c, rows))) for c in mine]
+
+
+def _segment(stored: Stored, number: int, regime: str, after: tuple[str, ...] = ()) -> SegmentDetail:
     segment = stored.segment
-    return SegmentDetail(number, regime, segment.key, stored.id, stored.pack.name, segment.tokens, segment.position)
+    return SegmentDetail(number, regime, segment.key, stored.id, stored.pack.name, segment.tokens, segment.position, after)

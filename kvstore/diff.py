@@ -11,7 +11,7 @@ from kvstore.store import Store
 
 @dataclass(frozen=True)
 class Changed:
-    """One document before and after. `fields` names what differs: `text`, `passages`, `recipe`, `head`, `metadata`, `root`."""
+    """One document before and after. `fields` names what differs: `text`, `passages`, `recipe`, `head`, `metadata`, `root`, `chains`."""
 
     before: Row
     after: Row

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from kvstore.chain_rows import pruned
 from kvstore.collector import Collector, GcReport, GcRules
 from kvstore.errors import NotFoundError
 from kvstore.manifest import Row
@@ -35,13 +36,14 @@ def collect(store: Store, *, keep_snapshots: int = 8, grace_seconds: float = 360
 
 
 def remove(store: Store, sources: Sequence[str], **filters: str | None) -> int:
-    """A new snapshot without these documents; its number. Their bytes stay until gc.
+    """A new snapshot without these documents, and without the chains that other documents have after them; its number. Their bytes stay until gc.
 
     `filters` (`model`, `template`, `encoding`) are keys or their beginnings. Raises NotFoundError, and removes nothing, where one source
     has no such row.
     """
-    rows = rows_of(store, sources, **filters)
-    return store.snapshots.commit(Change(removed=tuple(r.id for r in rows)), "rm")
+    removed = {r.id for r in rows_of(store, sources, **filters)}
+    shorter = pruned(r for r in store.rows() if r.id not in removed)
+    return store.snapshots.commit(Change(tuple(shorter), tuple(removed)), "rm")
 
 
 def rows_of(store: Store, sources: Sequence[str], **filters: str | None) -> list[Row]:

@@ -20,11 +20,11 @@ import numpy as np
 from kvstore.digest import sha256
 from kvstore.errors import FormatError, IntegrityError, KvstoreError, NotFoundError, StorageError
 from kvstore.manifest import Row
-from kvstore.pack import PACKS, Pack
+from kvstore.pack import CONTEXT_KINDS, PACKS, Pack
 from kvstore.snapshot import Rows, SnapshotLog, file_name
 from kvstore.storage.local import LocalStorage
 
-VERSION = 2
+VERSION = 3
 Result = TypeVar("Result")
 log = logging.getLogger("kvstore")
 _TABLES = """
@@ -33,6 +33,7 @@ create table if not exists segments (
     key blob, encoding text, pack text, row integer, tokens integer, nbytes integer, primary key (key, encoding, pack)
 ) without rowid;
 create index if not exists by_pack on segments (pack);
+create table if not exists parents (parent blob, pack text, primary key (parent, pack)) without rowid;
 create table if not exists newest (
     source text, model text, template text, encoding text, row blob, primary key (source, model, template, encoding)
 ) without rowid;
@@ -174,6 +175,7 @@ class Index:
             self._packs.pop(name, None)
             self._db.execute("delete from packs where name = ?", (name,))
             self._db.execute("delete from segments where pack = ?", (name,))
+            self._db.execute("delete from parents where pack = ?", (name,))
 
     def _add(self, name: str) -> None:
         try:
@@ -187,10 +189,11 @@ class Index:
             self._set_aside(name, str(error))
             return
         self._stamps.pop(name, None), self.damaged.pop(name, None)
-        encoding, sizes = pack.manifest.encoding_id, [f"{t.array}.nbytes" for t in pack.encoding.tiers]
-        nbytes = np.sum([rows[s] for s in sizes], axis=0)
+        encoding, nbytes = pack.manifest.encoding_id, np.sum([rows[f"{a}.nbytes"] for a in pack.arrays], axis=0)
         values = ((r["key"].tobytes(), encoding, name, i, int(r["tokens"]), int(n)) for i, (r, n) in enumerate(zip(rows, nbytes, strict=True)))
         self._db.executemany("insert or replace into segments values (?, ?, ?, ?, ?, ?)", values)
+        parents = {p.tobytes() for p in rows["parent"][rows["context"] == CONTEXT_KINDS.index("parent")]}
+        self._db.executemany("insert or replace into parents values (?, ?)", ((p, name) for p in parents))
         self._db.execute("insert or replace into packs values (?, ?, ?)", (name, pack.manifest.model, encoding))
 
     def _set_aside(self, name: str, problem: str) -> None:
@@ -244,6 +247,16 @@ class Index:
 
     def packs(self) -> list[str]:
         return [name for (name,) in self._query("select name from packs order by name")]
+
+    def packs_of(self, model: str, encoding: str) -> list[str]:
+        """The packs of one model (its key) in one encoding (its id)."""
+        query = "select name from packs where model = ? and encoding = ? order by name"
+        return [name for (name,) in self._query(query, (model, encoding))]
+
+    def followed(self, key: str, model: str, encoding: str) -> bool:
+        """Whether any segment of a model (its key) in an encoding (its id) stands after this one."""
+        query = "select 1 from parents join packs on pack = name where parent = ? and model = ? and encoding = ? limit 1"
+        return bool(self._query(query, (bytes.fromhex(key), model, encoding)))
 
     def one_of_each(self) -> list[str]:
         """A pack of every encoding: all of them say the same about it."""

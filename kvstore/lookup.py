@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,10 +14,15 @@ from kvstore.errors import InputError, NotFoundError
 from kvstore.identity import Context
 from kvstore.manifest import Layout, Model, Row
 from kvstore.passages import passage_names, plan_document
-from kvstore.plan import Rules
+from kvstore.plan import Rules, older_encodings
+from kvstore.prefixes import PrefixIndex
+from kvstore.sources import text_name
 from kvstore.store import Store, describe
 from kvstore.template import Renderer
 from kvstore.tokens import TextEncoder
+from kvstore.turns import Turns
+
+log = logging.getLogger("kvstore")
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,10 @@ class View:
         if not rows:
             raise NotFoundError(f"{self.store.path} holds nothing of model {self.model.name}", remedy="build a corpus with it")
         kinds = {(r.template, r.encoding): r for r in rows}
+        if len(kinds) > 1 and (newest := self._recalibrated(kinds.values())) is not None:
+            older = sum(r.encoding != newest.encoding for r in rows)
+            log.warning("%d documents were compiled with an older calibration and count as not stored: build them again", older)
+            return newest
         if len(kinds) > 1:
             raise InputError(
                 f"the store holds {len(kinds)} versions: {'; '.join(describe(r) for r in kinds.values())}",
@@ -52,6 +62,16 @@ class View:
                 code="ambiguous",
             )
         return rows[0]
+
+    def _recalibrated(self, rows: Iterable[Row]) -> Row | None:
+        """The row of the model's current calibration, where that is all in which the versions differ."""
+        current, encodings = self.store.current_calibration(self.model.key), self.store.encodings()
+        given = list(rows)
+        mine = [r for r in given if any(c.calibration == current for c in encodings[r.encoding].codecs if c.calibration)]
+        if len(mine) != 1 or len({r.template for r in given}) > 1:
+            return None
+        others = {r.encoding for r in given} - {mine[0].encoding}
+        return mine[0] if others <= older_encodings(self.store, encodings[mine[0].encoding]) else None
 
     @property
     def snapshot(self) -> int:
@@ -71,6 +91,11 @@ class View:
             return self.anchor_context
         return Context.parent(key, tokens)
 
+    @property
+    def prefixes(self) -> PrefixIndex:
+        """What is stored, by token ids instead of names."""
+        return self.store.prefixes(self.model, self.encoding_id)
+
     def find(self, key: str) -> Stored | None:
         return self.store.stored(key, self.encoding_id) if self.store.index.has(key, self.encoding_id) else None
 
@@ -82,6 +107,14 @@ class View:
     def row(self, source: str) -> Row | None:
         rows = self.store.rows(source, model=self.model.key, template=self.renderer.record.id, encoding=self.encoding_id)
         return rows[0] if rows else None
+
+    @cached_property
+    def turns(self) -> Turns:
+        return Turns(self.renderer)
+
+    def tail(self, asked: str | Sequence[Mapping[str, Any]]) -> list[int]:
+        """Ids of everything after the documents: a question, or messages that end with one."""
+        return self.renderer.query(asked) if isinstance(asked, str) else self.turns.tail(asked)
 
     def blocks(self, given: Any) -> list[Block]:
         """The passages of a name (`a.md`, `a.md#3`), a Document, a dict with text, or a retriever object. Raises NotFoundError for unknown names."""
@@ -110,14 +143,21 @@ class View:
 
     def _brought(self, document: Document) -> list[Block]:
         """A text's own ids; cut as the stored version was cut, so that unchanged passages are found."""
-        row = self.row(document.source)
+        row = self._row_of(document)
         miss = "" if row is None or row.text == text_digest(document.text) else "changed since build"
         rules = rules_of(row.recipe if row is not None else self._rules)
         texts = plan_document(document, self.renderer, passage_tokens=rules.passage_tokens, context=rules.context_tokens, reserve=0, long="split")
         if isinstance(texts, Skipped):
             raise InputError(f"{texts.source}: {texts.reason}", remedy="leave it out")
-        names = passage_names(document.source, len(texts))
+        names = passage_names(document.source if row is None else row.source, len(texts))
         return [Block(n, tuple(self.renderer.document(t)), miss) for n, t in zip(names, texts, strict=True)]
+
+    def _row_of(self, document: Document) -> Row | None:
+        """The row of that name, or of that very text: later chunks of a file were called after it (`a.md/text-...`), and retrievers tell the file."""
+        row = self.row(document.source)
+        if row is None or row.text == text_digest(document.text):
+            return row
+        return self.row(f"{document.source}/{text_name(document.text)}") or row
 
 
 def rules_of(recipe: str) -> Rules:

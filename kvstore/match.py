@@ -9,10 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from kvstore.chain_rows import before
 from kvstore.errors import InputError
 from kvstore.identity import id_bytes
 from kvstore.manifest import Row
 from kvstore.pack import Pack
+from kvstore.prefixes import common_prefixes
 from kvstore.store import Store, describe
 
 
@@ -22,6 +24,7 @@ class Match:
 
     Unless `exact`, they part at index `matched`: `given` stands there in the text, `found` in the store, None where that side ends.
     `sources` are the documents (`a.md#3` for passages) that the newest snapshot has the segment under; `key` is None where nothing fits.
+    `chains`: what else the same passage is stored after, by the names of all that stands between it and the head.
     """
 
     matched: int
@@ -30,6 +33,7 @@ class Match:
     key: str | None = None
     context: str | None = None
     sources: tuple[str, ...] = ()
+    chains: tuple[tuple[str, ...], ...] = ()
     given: int | None = None
     found: int | None = None
 
@@ -40,11 +44,11 @@ class Match:
 
 @dataclass(frozen=True)
 class _Candidate:
-    """`rank`: higher is better. A whole segment first, then the longest common beginning, then the least that follows it."""
+    """`rank`: higher is better. A whole segment first, then the longest common beginning, then the least that follows it, then what stands first."""
 
     pack: Pack
     row: int
-    rank: tuple[bool, int, int]
+    rank: tuple[bool, int, int, int]
 
 
 def match(store: Store, ids: Sequence[int], *, model: str, template: str, encoding: str, source: str | None = None) -> Match:
@@ -68,25 +72,10 @@ def _best(pack: Pack, wanted: npt.NDArray[np.uint32], own: set[bytes]) -> list[_
     """The best row of those that share a token at all, and the best of those in `own`."""
     lengths, tokens = common_prefixes(pack, wanted), pack.rows["tokens"].astype("i8")
     exact = (lengths == len(wanted)) & (tokens == len(wanted))
-    order = np.lexsort((tokens, -lengths, ~exact))
+    order = np.lexsort((pack.rows["position"], tokens, -lengths, ~exact))
     mine = (row for row in order if pack.rows["key"][row].tobytes() in own) if own else iter(())
     rows = [*order[: int(lengths[order[0]] > 0)], *itertools.islice(mine, 1)]
-    return [_Candidate(pack, int(r), (bool(exact[r]), int(lengths[r]), -int(tokens[r]))) for r in rows]
-
-
-def common_prefixes(pack: Pack, wanted: npt.NDArray[np.uint32]) -> npt.NDArray[np.int64]:
-    """int64 [segments]: how many tokens each segment shares with the beginning of `wanted`."""
-    starts, ends = pack.rows["start"].astype("i8"), np.minimum(pack.rows["tokens"].astype("i8"), len(wanted))
-    lengths, alive, step = np.zeros(len(starts), np.int64), np.arange(len(starts)), 1
-    while len(alive):  # steps grow while candidates fall away, so that the work stays near the answer's size
-        at = lengths[alive, None] + np.arange(step)
-        inside = at < ends[alive, None]
-        theirs = pack.token_ids[np.where(inside, starts[alive, None] + at, 0)]
-        equal = inside & (theirs == wanted[np.where(inside, at, 0)])
-        run = np.where(equal.all(1), step, equal.argmin(1))
-        lengths[alive] += run
-        alive, step = alive[run == step], min(step * 8, 4096)
-    return lengths
+    return [_Candidate(pack, int(r), (bool(exact[r]), int(lengths[r]), -int(tokens[r]), -int(pack.rows["position"][r]))) for r in rows]
 
 
 def _result(best: _Candidate, wanted: npt.NDArray[np.uint32], rows: Sequence[Row], source: str | None) -> Match:
@@ -94,10 +83,18 @@ def _result(best: _Candidate, wanted: npt.NDArray[np.uint32], rows: Sequence[Row
     ids = best.pack.ids(segment)
     names = sorted(_names(rows, segment.key), key=lambda n: (n.rpartition("#")[0] != source and n != source, n))
     given, found = (int(side[at]) if at < len(side) else None for side in (wanted, ids))
-    return Match(at, len(wanted), segment.tokens, segment.key, segment.context, tuple(names), given, found)
+    return Match(at, len(wanted), segment.tokens, segment.key, segment.context, tuple(names), _chains(rows, segment.key), given, found)
 
 
 def _names(rows: Sequence[Row], key: str) -> set[str]:
     """What the segment is called in the newest snapshot."""
     found = {r.source + (f"#{i}" if len(r.passages) > 1 else "") for r in rows for i, p in enumerate(r.passages) if key in (p.prefix, p.isolated)}
+    found |= {r.source + (f"#{c.passage}" if len(r.passages) > 1 else "") for r in rows for c in r.chained if c.key == key}
     return found | {f"the head of {describe(r)}" for r in rows if r.head == key}
+
+
+def _chains(rows: Sequence[Row], key: str) -> tuple[tuple[str, ...], ...]:
+    """What stands before each further copy of the passages with this key."""
+    whose = ((c, p) for r in rows for i, p in enumerate(r.passages) for c in r.chained if c.passage == i)
+    mine = [c for c, p in whose if key in (c.key, p.prefix, p.isolated)]
+    return tuple(sorted({tuple(before(c, rows)) for c in mine}))

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import msgspec
+from msgspec import UNSET
 
 from kvstore.documents import Document, Skipped, text_digest
 from kvstore.errors import InputError
 from kvstore.identity import Context, segment_key
-from kvstore.manifest import CodecSpec, Encoding, Layout, Model, Passage, Regime, Row, TemplateRecord
+from kvstore.manifest import Chained, CodecSpec, Encoding, Layout, Model, Passage, Regime, Row, TemplateRecord
 from kvstore.passages import LongRule, plan_document
 from kvstore.prefill import Chain
 from kvstore.snapshot import RowId
@@ -26,12 +27,13 @@ REGIMES: dict[str, tuple[Regime, ...]] = {"prefix": ("prefix",), "isolated": ("i
 
 @dataclass(frozen=True)
 class Task:
-    """A segment to prefill after `chain` and store under `key`."""
+    """A segment to prefill after `chain` and store under `key`. `followed`: more will be prefilled after it, its cache is worth keeping."""
 
     key: str
     context: Context
     chain: Chain
     ids: tuple[int, ...]
+    followed: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ class Planner:
         self.older = {r.source: r for r in self.prior.values() if r.encoding in recalibrated and (r.model, r.template) == mine}
         self.taken: set[str] = set()
         head, anchor = tuple(self.renderer.head_ids), tuple(self.renderer.anchor_ids)
-        self.head_task = self._task(Context.root(), (), head)
+        self.head_task = self.task(Context.root(), (), head)
         same = head == anchor
         self.contexts: dict[Regime, tuple[Context, Chain]] = {
             "prefix": (Context.anchor(anchor) if same else Context.parent(self.head_task.key, len(head)), (head,)),
@@ -136,14 +138,23 @@ class Planner:
             passages,
             root_of(document, before),
             dict(document.metadata),
+            self._chains_of(prior, text) or UNSET,
         )
-        return Planned(row, self._missing(tasks), row != prior)
+        return Planned(row, self.missing(tasks), row != prior)
 
     def _still_true(self, prior: Row, text: str) -> bool:
         """The same text, cut the same way, in every context asked for, and all of it stored."""
         asked = all(getattr(p, regime) is not None for p in prior.passages for regime in REGIMES[self.rules.regime])
-        same = prior.text == text and prior.recipe == self.rules.recipe and prior.head == self.head_task.key
-        return same and asked and all(self.store.index.has(k, self.encoding.id) for k in prior.segment_keys())
+        return self._same_cut(prior, text) and asked and all(self.store.index.has(k, self.encoding.id) for k in prior.segment_keys())
+
+    def _same_cut(self, prior: Row, text: str) -> bool:
+        return prior.text == text and prior.recipe == self.rules.recipe and prior.head == self.head_task.key
+
+    def _chains_of(self, prior: Row | None, text: str) -> tuple[Chained, ...]:
+        """Those of an unchanged document that are stored. Where what stands before them changed, they go at the end of the build."""
+        if prior is None or not self._same_cut(prior, text):
+            return ()
+        return tuple(c for c in prior.chained if all(self.store.index.has(k, self.encoding.id) for k in (c.parent, c.key)))
 
     def _regimes_of(self, prior: Row | None, text: str) -> set[Regime]:
         """Contexts that the unchanged text is stored in already: a narrower build does not forget them."""
@@ -152,16 +163,16 @@ class Planner:
         return {r for r in REGIMES["both"] if all(getattr(p, r) is not None for p in prior.passages)}
 
     def _passage(self, ids: tuple[int, ...], regimes: set[Regime]) -> tuple[Passage, list[Task]]:
-        tasks = {r: self._task(*self.contexts[r], ids) for r in REGIMES["both"] if r in regimes}
-        if tasks.keys() == {"prefix"} and self.contexts["prefix"] == self.contexts["isolated"]:
+        tasks = {r: self.task(*self.contexts[r], ids) for r in REGIMES["both"] if r in regimes}
+        if tasks.keys() == {"prefix"} and self.contexts["prefix"] == self.contexts["isolated"] and not self.layout.state:
             tasks["isolated"] = tasks["prefix"]  # nothing but the anchor before it: it is both
         keys = {r: t.key for r, t in tasks.items()}
         return Passage(len(ids), keys.get("prefix"), keys.get("isolated")), list(tasks.values())
 
-    def _task(self, context: Context, chain: Chain, ids: tuple[int, ...]) -> Task:
-        return Task(segment_key(self.model, self.layout, context, ids), context, chain, ids)
+    def task(self, context: Context, chain: Chain, ids: tuple[int, ...], followed: bool = False) -> Task:
+        return Task(segment_key(self.model, self.layout, context, ids), context, chain, ids, followed)
 
-    def _missing(self, tasks: Iterable[Task]) -> tuple[Task, ...]:
+    def missing(self, tasks: Iterable[Task]) -> tuple[Task, ...]:
         """Tasks whose artifact is neither stored nor planned by an earlier document."""
         fresh = {t.key: t for t in tasks if t.key not in self.taken and not self.store.index.has(t.key, self.encoding.id)}
         self.taken |= fresh.keys()

@@ -21,6 +21,7 @@ from kvstore.errors import FormatError, InputError, IntegrityError, NotFoundErro
 from kvstore.index import Index
 from kvstore.manifest import (
     Encoding,
+    Model,
     ModelRecord,
     Row,
     StoreRecord,
@@ -28,6 +29,7 @@ from kvstore.manifest import (
     Tier,
     parse_group,
 )
+from kvstore.prefixes import PrefixIndex
 from kvstore.records import MODELS, TEMPLATES, read_model, read_probe, read_template
 from kvstore.snapshot import Change, SnapshotLog
 from kvstore.storage.local import LocalStorage
@@ -49,6 +51,7 @@ class Store:
         registry.register(self.storage.path(CALIBRATIONS))  # packs name them by digest alone
         self._cache = cache
         self.snapshots = SnapshotLog(self.storage)
+        self._prefixes: dict[tuple[str, str], PrefixIndex] = {}
         self._certified: dict[tuple[str, str], tuple[list[str], Certified]] = {}
         self.index.refresh()
 
@@ -154,6 +157,13 @@ class Store:
         """Raises NotFoundError."""
         pack, row = self.index.find(key, encoding)
         return Stored(pack, pack.segment(row))
+
+    def prefixes(self, model: Model, encoding: str) -> PrefixIndex:
+        """Look-ups by token ids in one model and encoding (its id). Raises NotFoundError where the store does not know the model."""
+        key = (model.key, encoding)
+        if key not in self._prefixes:
+            self._prefixes[key] = PrefixIndex(self, model, encoding)
+        return self._prefixes[key]
 
     # records
 

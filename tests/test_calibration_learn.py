@@ -25,7 +25,7 @@ from kvstore.calibration.statistics import Grouping, Moments, default_group_laye
 from kvstore.calibration.target import Search
 from kvstore.calibration.trial import count
 from kvstore.documents import Document, text_digest
-from kvstore.errors import InputError
+from kvstore.errors import InputError, NotFoundError
 from kvstore.template import Renderer, make_template
 from kvstore.tokens import TextEncoder
 from tests.small_tokenizers import gpt2
@@ -59,13 +59,13 @@ def live() -> Live:
 def test_gradients_are_those_of_the_drawn_tokens_likelihood(live: Live) -> None:
     ids = excerpts(1, 40)[0].ids
     x = live.values(ids)[:24]
-    gradient = metric._gradient(live, x, ids[24:], torch.Generator().manual_seed(5))
+    gradient = metric._gradient(live, x, ids, torch.Generator().manual_seed(5))
     with torch.no_grad():
-        chances = live.following(x, ids[24:]).softmax(-1)
+        chances = live.following(x, ids[24:], ids[:24]).softmax(-1)
         drawn = torch.multinomial(chances, 1, generator=torch.Generator().manual_seed(5))
         for seed in range(4):
             way = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
-            ends = [live.following(x + s * 3e-3 * way, ids[24:]).double().log_softmax(-1).gather(-1, drawn).sum() for s in (1, -1)]
+            ends = [live.following(x + s * 3e-3 * way, ids[24:], ids[:24]).double().log_softmax(-1).gather(-1, drawn).sum() for s in (1, -1)]
             assert float((gradient * way).sum()) == pytest.approx(float(ends[0] - ends[1]) / 6e-3, rel=0.03, abs=1e-2)
 
 
@@ -73,7 +73,7 @@ def test_values_and_what_follows_them_are_the_models_own(live: Live) -> None:
     ids = excerpts(1, 40)[0].ids
     with torch.no_grad():
         whole = live.model(torch.tensor([ids])).logits[0, 24:]
-        assert torch.allclose(live.following(live.values(ids)[:24], ids[24:]), whole, atol=1e-4)
+        assert torch.allclose(live.following(live.values(ids)[:24], ids[24:], ids[:24]), whole, atol=1e-4)
 
 
 def test_fisher_blocks_are_symmetric_positive_and_the_same_for_a_seed(live: Live) -> None:
@@ -342,6 +342,22 @@ def test_calibrating_again_replaces_what_is_stored(small: tuple[Any, Any], tmp_p
     assert len(kvstore.open(path).rows()) == 4
     third = kvstore.build(corpus()[:4], path, model, tokenizer, metric="identity", recalibrate=True, **options)
     assert (third.compiled == 4 and third.calibration not in (first.calibration, second.calibration)) or third.calibration == first.calibration
+
+
+def test_a_store_half_recalibrated_serves_the_new_half(small: tuple[Any, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Documents that were not built again count as not stored; nothing of the other calibration is mixed in."""
+    model, tokenizer = small
+    path, options = tmp_path / "kv.zarr", {"reserve": 16, "certify": "none"}
+    kvstore.build(corpus()[:2], path, model, tokenizer, metric="identity", **options)
+    kvstore.calibrate(corpus()[:6], path, model, tokenizer, metric="identity", tokens=512, tiers=2)
+    kvstore.build(corpus()[:1], path, model, tokenizer, **options)
+    (new, old), store = corpus()[:2], kvstore.open(path, model, tokenizer)
+    with caplog.at_level("WARNING"):
+        assert store.compose([new.source], "Why?").receipt.documents[1].action == "reused"
+    assert "1 documents were compiled with an older calibration" in caplog.text
+    with pytest.raises(NotFoundError):
+        store.compose([old.source], "Why?")
+    assert store.compose([old], "Why?").receipt.documents[1].action == "prefilled"
 
 
 def test_calibrating_again_forgets_no_regime_and_no_file(small: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,8 +16,9 @@ from kvstore.diff import diff
 from kvstore.errors import InputError, NotFoundError
 from kvstore.gc import remove
 from kvstore.identity import Context
-from kvstore.match import Match, common_prefixes, match
+from kvstore.match import Match, match
 from kvstore.pack import Pack
+from kvstore.prefixes import common_prefixes
 from kvstore.snapshot import Change
 from kvstore.store import Store
 from tests.synthetic import ENCODING, HEAD, MODEL, TEMPLATE, Document, build, make_encoding, make_store, make_units, new_writer
