@@ -89,8 +89,8 @@ def kl(live: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     return (a.exp() * (a - b)).sum(-1)
 
 
-def show(title: str, header: Sequence[str], rows: Iterable[Sequence[object]], name: str, setting: dict[str, Any]) -> None:
-    """Print a table as Markdown and keep it, with its setting, under results/."""
+def show(title: str, header: Sequence[str], rows: Iterable[Sequence[object]], name: str, setting: dict[str, Any], folder: Path = RESULTS) -> None:
+    """Print a table as Markdown and keep it, with its setting, under results/ or another folder."""
     cells = [[f"{c:.4g}" if isinstance(c, float) else str(c) for c in row] for row in rows]
     lines = [" | ".join(header), " | ".join("---" for _ in header), *(" | ".join(row) for row in cells)]
     machine = {
@@ -102,5 +102,5 @@ def show(title: str, header: Sequence[str], rows: Iterable[Sequence[object]], na
     }
     text = f"## {title}\n\n" + "\n".join(f"| {line} |" for line in lines) + f"\n\n{json.dumps(setting | machine)}\n"
     print(text)
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.md").write_text(text, encoding="utf-8")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.md").write_text(text, encoding="utf-8")

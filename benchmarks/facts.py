@@ -57,7 +57,7 @@ class Facts:
 
     def document(self, tokens: int, facts: int) -> Recall:
         """A document of exactly `tokens` tokens with `facts` facts at random places, and one question a fact in random order."""
-        chosen = self._facts(facts)
+        chosen = self.draw(facts)
         stated = [self._encode(f" The {a} of the {e} is {v}.") for (a, e), v in chosen.items()]
         room = tokens - sum(map(len, stated))
         if room < 0:
@@ -76,15 +76,17 @@ class Facts:
         start = self.chance.randint(0, len(self.prose) - tokens - 1)
         return [int(i) for i in self.prose[start : start + tokens]]
 
-    def _facts(self, count: int) -> dict[tuple[str, str], str]:
+    def draw(self, count: int) -> dict[tuple[str, str], str]:
+        """`count` facts: (attribute, thing) -> value."""
         facts: dict[tuple[str, str], str] = {}
         while len(facts) < count:
             attribute = self.chance.choice(ATTRIBUTES)
             entity = f"{self.chance.choice(ADJECTIVES)} {self.chance.choice(NOUNS)}"
-            facts.setdefault((attribute, entity), self._value(attribute))
+            facts.setdefault((attribute, entity), self.value(attribute))
         return facts
 
-    def _value(self, attribute: str) -> str:
+    def value(self, attribute: str) -> str:
+        """A value such as the attribute may have."""
         if attribute in DIGITS:
             return "".join(self.chance.choice("0123456789") for _ in range(self.chance.randint(3, 6)))
         if attribute in AMOUNTS:
