@@ -17,11 +17,15 @@ from kvstore.calibration.learn import Choices
 from kvstore.calibration.record import Calibration, Metric
 from kvstore.calibrator import Calibrating, Corpus, current_for, unlearned
 from kvstore.certify import DOCUMENTS, Certifier, CertifyRule
+from kvstore.chain_plan import ChainPlan, ChainReport, Link, Log, rows_after
 from kvstore.codecs import CALIBRATED
+from kvstore.compiling import BATCH_TOKENS, BatchLine, Compiled, Compiler, Line
 from kvstore.documents import Document, Skipped
-from kvstore.encode import Encoder, bits_of, make_encoding
+from kvstore.encode import Encoder, make_encoding
 from kvstore.errors import InputError
-from kvstore.manifest import Encoding, Row
+from kvstore.families.batch import batchable
+from kvstore.families.states import require_no_state
+from kvstore.manifest import Encoding, Layout, Row
 from kvstore.models import ModelSource
 from kvstore.pack_writer import PackWriter
 from kvstore.parts import policy_params
@@ -32,7 +36,7 @@ from kvstore.policies import parse as parse_policy
 from kvstore.prefill import Prefiller
 from kvstore.provenance import provenance
 from kvstore.records import add_template, create
-from kvstore.snapshot import Change
+from kvstore.snapshot import Change, RowId
 from kvstore.store import Store
 from kvstore.template import Renderer
 from kvstore.tokens import TextEncoder
@@ -50,9 +54,12 @@ class Limits:
 
 @dataclass
 class BuildReport:
-    """What a build did. Seconds are wall clock; `nbytes` is what the new artifacts' units take, by tier. `calibration`: digest of the one used.
+    """What a build did. Seconds are wall clock; `nbytes` is what the new artifacts' units take, by tier, and `state` of models that have one.
+
+    `calibration`: digest of the one used.
 
     `quality`: by lossy tier the figures of this build's quality report. `poor_fit`: sampled documents that lose far more than is usual.
+    `chains`: what a query log asked for and what is stored for it, None without one.
     """
 
     store: str
@@ -72,6 +79,7 @@ class BuildReport:
     calibration: str = ""
     quality: dict[str, dict[str, Any]] = field(default_factory=dict)
     poor_fit: list[str] = field(default_factory=list)
+    chains: ChainReport | None = None
     notes: list[str] = field(default_factory=list)
     serves: str = ""
     interrupted: bool = False
@@ -100,6 +108,8 @@ def build(
     strict: bool = False,
     dry_run: bool = False,
     reserve: int | None = None,
+    chains: Log | None = None,
+    chain_budget: int | None = None,
     certify: CertifyRule = "sample",
     certify_documents: int = DOCUMENTS,
     recalibrate: bool = False,
@@ -109,6 +119,7 @@ def build(
     target_ratio: float | None = None,
     progress: Progress | None = None,
     limits: Limits = Limits(),
+    batch_tokens: int | None = None,
 ) -> BuildReport:
     """Compile `documents` into `store` and commit a snapshot; what is stored already is not computed again.
 
@@ -118,6 +129,12 @@ def build(
     the source at hand. The codec `transform` learns from the documents where the store has no calibration for the model, or anew with
     `recalibrate`: by `metric`, in `tiers`, so that the finest tier loses `target_kl` nats a token (4e-4 by default) or is `target_ratio` times
     smaller than 16 bits.
+    `chains`: a query log (JSONL, or objects {"documents": [...], "count": 1}). The beginnings of its document lists that were asked for most, at
+    least twice, are stored as chains: each document after those before it, in at most `chain_budget` tokens (by default as many as the documents
+    have). They take the place of the chains of earlier logs; without a log those stay whose documents are as they were.
+    `batch_tokens`: segments of like length are prefilled together, padding included in so many tokens, and on a GPU encoded while the next
+    ones are prefilled; K and V then equal a live prefix up to rounding. 0: one by one, as a live prefix is. By default 16,384 on a GPU and 0 on
+    the CPU.
     `policy`: which tokens get finer or coarser steps, or are dropped, such as `h2o` or `kvzip:budget=30,rest=drop` (kvstore.policies).
     Raises InputError for what cannot be read, IncompatibleError for a model whose cache kvstore cannot explain or whose identity clashes.
     """
@@ -125,6 +142,8 @@ def build(
     source = model if isinstance(model, ModelSource) else ModelSource(model, tokenizer, dtype=dtype, device=device)
     wanted = Choices(metric, tiers=tiers, target_kl=target_kl, target_ratio=target_ratio)
     wanted.check()
+    if batch_tokens is not None and batch_tokens < 0:
+        raise InputError(f"batches of {batch_tokens} tokens", remedy="give 0 (no batches) or more")
     chosen = parse_policy(policy)
     corpus = Corpus(documents, include, strict)
     with ExitStack() as scratch:
@@ -132,9 +151,10 @@ def build(
         job.report.store, job.roots = str(store), reading.roots_of(documents)
         room = source.context_tokens
         rules = Rules(regime, passage_tokens, long, room, reserve if reserve is not None else min(512, room // 4))
-        job.policy = chosen
+        job.policy, job.batch_tokens = chosen, batch_tokens
         job.prepare(template, system, codec, lossless, rules, lambda renderer: job.calibrated(renderer, corpus, wanted, recalibrate))
         job.certifier = Certifier(source.identity, job.planner.layout, job.encoding, "none" if dry_run else certify, certify_documents)
+        job.chains = None if chains is None else (chains, chain_budget)
         job.run(corpus, strict)
     job.report.seconds["total"] = time.perf_counter() - started
     return job.report
@@ -156,11 +176,14 @@ class _Job:
         self.report = BuildReport(str(store.path))
         self.progress = progress or (lambda report, name: None)
         self.waiting: list[Row] = []
+        self.chains: tuple[Log, int | None] | None = None
         self.roots: set[str] = set()
         self.certifier: Certifier
         self.policy: Policy = parse_policy("uniform")
         self._assign: Assign = nobody
         self._prefiller: Prefiller | None = None
+        self._line: Line | None = None
+        self.batch_tokens: int | None = None
 
     def prepare(
         self, template: str, system: str | None, codec: str, lossless: bool, rules: Rules, calibrated: Callable[[Renderer], Calibration | None]
@@ -169,6 +192,7 @@ class _Job:
         encoder = TextEncoder(self.source.tokenizer)
         record = template_in(self.store, template, self.source.tokenizer, system, encoder)
         renderer, layout = Renderer(record, encoder), self.source.layout_in(self.store)
+        self._require_exact(layout, rules)
         self.encoding: Encoding = make_encoding(
             codec,
             layout,
@@ -182,6 +206,15 @@ class _Job:
         self.writer = self._new_writer()
         if not self.dry_run:
             add_template(self.store.storage, record)
+
+    def _require_exact(self, layout: Layout, rules: Rules) -> None:
+        """Raises IncompatibleError for what a model with a recurrent state cannot have: only what stood before a segment may stand there again."""
+        if rules.regime != "prefix":
+            require_no_state(layout, f"the regime {rules.regime}", "build with --regime prefix")
+        if self.policy.drops:
+            require_no_state(
+                layout, f"the policy {self.policy.name} with dropped tokens", "build without --policy, or with one that keeps all tokens"
+            )
 
     def calibrated(self, renderer: Renderer, corpus: Corpus, wanted: Choices, recalibrate: bool) -> Calibration:
         """The calibration to encode with: the current one, or one learnt now. A dry run learns none."""
@@ -209,11 +242,16 @@ class _Job:
             for planned in self.planner.plan(found):
                 seen.add(planned.row.source)
                 self._take(planned)
+            if self._line is not None:
+                self._line.end()
         except KeyboardInterrupt:
             self.report.interrupted = True
         except BaseException:
             self.writer.abandon()
             raise
+        finally:
+            if self._line is not None:
+                self._line.close()
         self.report.skipped = self.planner.skipped
         if strict and self.planner.skipped:
             first = self.planner.skipped[0]
@@ -222,8 +260,16 @@ class _Job:
         self._finish(seen)
 
     def _take(self, planned: Planned) -> None:
-        for task in planned.tasks:
-            self._compile(task)
+        """What needs no model while none was needed before it is done at once; the rest in its turn."""
+        if self.dry_run:
+            for task in planned.tasks:
+                self._count(task)
+        if self.dry_run or (self._line is None and not planned.tasks):
+            self._finished(planned)
+        else:
+            self._in_line().put(planned)
+
+    def _finished(self, planned: Planned) -> None:
         self.certifier.offer(planned)
         if planned.changed:
             self.waiting.append(planned.row)
@@ -234,22 +280,35 @@ class _Job:
         if self._full():
             self._flush("build")
 
-    def _compile(self, task: Task) -> None:
+    def _count(self, task: Task) -> None:
         self.report.segments += 1
         self.report.tokens += len(task.ids)
-        if self.dry_run:
-            return
-        with self._timed("prefill"):
-            values = self._running().run(task.ids, task.chain)
-        with self._timed("policy"):
-            assigned = self._assign(task.ids, task.chain)
-        with self._timed("encode"):
-            units = self.encoder.encode(bits_of(values), assigned)
+
+    def _write(self, task: Task, found: Compiled) -> None:
+        self._count(task)
         with self._timed("write"):
-            self.writer.add(task.key, task.context, task.ids, units)
-        for tier in self.encoding.tiers:
-            size = sum(len(u) + 4 for group in units[tier.array] for u in group)
-            self.report.nbytes[tier.name] = self.report.nbytes.get(tier.name, 0) + size
+            ranges = self.writer.add(task.key, task.context, task.ids, found.units, state=found.state)
+        names = {t.array: t.name for t in self.encoding.tiers}
+        for array, (_, size, _) in ranges.items():
+            name = names.get(array, array)
+            self.report.nbytes[name] = self.report.nbytes.get(name, 0) + size
+
+    def _compiler(self) -> Compiler:
+        return Compiler(self._running(), self.encoder, self._assign, self._timed)
+
+    def _in_line(self) -> Line:
+        """The line that documents stand in: in batches where the model lies on a GPU, or where that was asked for."""
+        if self._line is None:
+            with self._timed("prefill"):
+                prefiller = self._running()
+            on_cpu = prefiller.model.device.type == "cpu"
+            tokens = self.batch_tokens if self.batch_tokens is not None else 0 if on_cpu else BATCH_TOKENS
+            if tokens and batchable(prefiller.layout):
+                self.report.notes.append(f"prefilled in batches of up to {tokens:,} tokens: K and V equal a live prefix up to rounding")
+                self._line = BatchLine(self._compiler(), self._write, self._finished, tokens, background=not on_cpu)
+            else:
+                self._line = Line(self._compiler(), self._write, self._finished)
+        return self._line
 
     def _running(self) -> Prefiller:
         """The live model, loaded and compared with the store's probe at the first need."""
@@ -287,10 +346,48 @@ class _Job:
         if self.report.documents == 0 and not self.report.interrupted:
             raise InputError("no document to compile", remedy="name a folder or file with text, Markdown, JSONL or Parquet; `kvstore rm` removes")
         self.report.removed = len(removed)
+        self.store.refresh()
+        rows, shorter = rows_after(planner, self.waiting, removed)
+        self.waiting = [r for r in self.waiting if r.id not in shorter] + list(shorter.values())
+        if self.chains is None and any(planner.prior[i].chained for i in removed if i[3] != self.encoding.id):
+            self.report.notes.append("chains of the earlier calibration are gone: build with the query log again")
         self._flush("build", removed)
         self.store.refresh()
+        chained = self._compile_chains(rows)
         self._certify()
-        self.report.serves = serves(planner)
+        self.report.serves = serves(planner) + (f"; and {chained} passages in chains, after those before them, exactly" if chained else "")
+
+    def _compile_chains(self, rows: dict[RowId, Row]) -> int:
+        """Chains of the query log, after their parents' live KV; an interrupt keeps those that are done. How many passages are chained now."""
+        if self.chains is None or self.report.interrupted:
+            return sum(len(r.chained) for r in rows.values())
+        plan = ChainPlan(self.planner, rows, *self.chains)
+        self.report.chains = plan.report
+        if self.dry_run:
+            return plan.report.segments
+        done: list[Link] = []
+        try:
+            for link in plan.links():
+                self._compile_link(link, plan.report)
+                done.append(link)
+        except KeyboardInterrupt:
+            self.report.interrupted = True
+        except BaseException:
+            self.writer.abandon()
+            raise
+        self._flush("chains")
+        self.waiting = plan.changed(done)
+        self._flush("chains")
+        self.store.refresh()
+        return len(done)
+
+    def _compile_link(self, link: Link, report: ChainReport) -> None:
+        for fresh in self.planner.missing([link.task]):
+            self._write(fresh, self._compiler().one(fresh))
+            report.compiled += 1
+            self.progress(self.report, f"chain of {link.place[0]}")
+        if self._full():
+            self._flush("chains")
 
     def _certify(self) -> None:
         """Measure what is stored by now; an interrupt costs the quality report alone."""
@@ -325,6 +422,8 @@ class _Timer:
 
 def serves(planner: Planner) -> str:
     """One line: what can be answered from what was built."""
+    if planner.layout.state:
+        return "serves one document directly after the head, or a stored chain, exactly; nothing else, for the model keeps a recurrent state"
     both = planner.contexts["prefix"] == planner.contexts["isolated"]
     if both or planner.rules.regime == "both":
         return "serves one document directly after the head exactly, several in any order approximately (reuse='blocks')"

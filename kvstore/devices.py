@@ -17,10 +17,15 @@ def known_device(name: torch.device | str) -> torch.device:
     return device
 
 
+def usual_device(name: str | None) -> torch.device:
+    """The device of that name, else the first GPU, else the CPU. Raises InputError."""
+    return known_device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
 def free_memory(device: torch.device) -> int | None:
-    """Bytes free on a device, None where nobody can say."""
+    """Bytes free on a device, None where nobody can say. What torch keeps for itself but does not use counts as free."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        return int(torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))

@@ -9,7 +9,7 @@ class, shifted by eight classes a tier; those whose class rounds to zero at a ti
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,9 @@ from kvstore.codecs.scalar import largest_of, to_float32
 from kvstore.codecs.transform_ladder import Ladder
 from kvstore.codecs.transform_sets import RAW, STEP_CLASSES
 from kvstore.errors import FormatError, InputError
+
+if TYPE_CHECKING:
+    from kvstore.codecs.transform_units import Unit
 
 MAX_RANK = 1 << 16  # coefficients are listed as uint16
 
@@ -43,7 +46,7 @@ class TransformCodec(Codec):
 
     def encode(self, bits: Array, dtype: str, group: int = 0, steps: npt.NDArray[np.int8] | None = None) -> list[bytes]:
         """As every codec. `steps` int8 [tokens], -3 to 3: each token's step is multiplied by 3 ** its class; 0 where missing."""
-        from kvstore.codecs import tables, transform_levels, transform_units
+        from kvstore.codecs import transform_levels, transform_units
 
         header = check_bits(bits, dtype)
         chosen = self._checked(header, group, steps)
@@ -54,8 +57,14 @@ class TransformCodec(Codec):
         basis, ladder, record = self.calibration.bases[group], self.ladders[group], self.calibration.record
         limits = transform_levels.limits_of(basis, ladder, record.exempt, record.energy[group])
         codes, sets = transform_levels.encode(*transform_levels.centred(values, basis), chosen, basis, ladder, limits)
-        unit = transform_units.Unit(group, codes, sets, bits[:, :, codes == RAW], dtype)
-        return transform_units.encode(header, unit, ladder, tables.build(self.calibration.weights, self.calibration.thirds))
+        return self.records(header, transform_units.Unit(group, codes, sets, bits[:, :, codes == RAW], dtype))
+
+    def records(self, header: Header, unit: Unit) -> list[bytes]:
+        """One record per tier of what is quantised already."""
+        from kvstore.codecs import tables, transform_units
+
+        built = tables.build(self.calibration.weights, self.calibration.thirds)
+        return transform_units.encode(header, unit, self.ladders[unit.group], built)
 
     def decode(self, records: Sequence[Record], out: Array) -> None:
         from kvstore.codecs import tables, transform_decode
