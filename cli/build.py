@@ -16,6 +16,7 @@ from kvstore.cli.output import Output, count, safe
 
 if TYPE_CHECKING:
     from kvstore.builder import BuildReport
+    from kvstore.chain_plan import ChainReport
 
 USAGE = "PATH... [options]"
 INTERRUPTED = 130
@@ -55,6 +56,21 @@ def configure(parser: argparse.ArgumentParser) -> None:
         default="uniform",
         help="which tokens count: uniform, sink+recent, h2o, kvzip (finer or coarser steps, or rest=drop), fastgen (default: uniform)",
     )
+    parser.add_argument(
+        "--chains",
+        metavar="FILE",
+        help='a query log of lines {"documents": ["a.md", "b.md"], "count": 3}: orders asked for most are stored, each document after those before',
+    )
+    parser.add_argument(
+        "--chain-budget", metavar="TOKENS", type=int, help="how many tokens these may have together (default: as many as the documents have)"
+    )
+    parser.add_argument(
+        "--batch-tokens",
+        metavar="N",
+        type=int,
+        help="prefill segments of like length together, N tokens at a time: quicker on a GPU, and equal to a live prefix only up to rounding; "
+        "0: one by one (default: 16384 on a GPU, 0 on the CPU)",
+    )
     parser.add_argument("--lossless", action="store_true", help="store a lossless tier as well")
     options.add_calibration(parser)
     parser.add_argument("--recalibrate", action="store_true", help="learn anew what the transform codec needs, from these documents")
@@ -85,6 +101,9 @@ def run(args: argparse.Namespace, out: Output) -> int:
         codec=args.codec,
         policy=args.policy,
         lossless=args.lossless,
+        batch_tokens=args.batch_tokens,
+        chains=_log(args),
+        chain_budget=args.chain_budget,
         certify=args.certify,
         certify_documents=args.certify_documents,
         include=args.include,
@@ -100,6 +119,16 @@ def run(args: argparse.Namespace, out: Output) -> int:
         stored = "nothing was written" if args.dry_run else _stored(report)
         out.say(f"interrupted: {stored}; run the same command again to go on")
     return INTERRUPTED if report.interrupted else 0
+
+
+def _log(args: argparse.Namespace) -> str | None:
+    """Raises InputError for a budget without a log."""
+    from kvstore.errors import InputError
+
+    if args.chain_budget is not None and args.chains is None:
+        raise InputError("--chain-budget without --chains", remedy="name the query log", code="usage")
+    found: str | None = args.chains
+    return found
 
 
 def _doing(report: BuildReport, name: str) -> str:
@@ -128,8 +157,25 @@ def summary(report: BuildReport, dry_run: bool = False, learns: bool = False) ->
     if report.quality:
         lines.append(_quality(report))
     lines += [safe(note) for note in report.notes if note.startswith("no quality report")]  # the others were warned of
+    if report.chains is not None:
+        lines += _chains(report.chains, dry_run)
     where = f"{safe(report.store)}, snapshot {report.snapshot}" if not dry_run else "nothing was written"
     return "\n".join([*lines, f"{where}: {report.serves}"]) + "\n"
+
+
+def _chains(chains: ChainReport, dry_run: bool) -> list[str]:
+    """What the query log is worth: with the chains, and without."""
+    size = f"{count(chains.segments, 'segment')} and {count(chains.tokens, 'token')}, {'at most' if dry_run else f'{chains.compiled} of them new'}"
+    served, before = chains.served, chains.before
+    lines = [
+        f"chains: {size}",
+        f"  of {count(chains.requests, 'request')} in the log {served.requests:.0%} are stored to their last document (without chains "
+        f"{before.requests:.0%}), and {served.tokens:.0%} of their documents' tokens (without {before.tokens:.0%})",
+    ]
+    if chains.unknown:
+        first = f", the first {chains.missing!a}" if chains.missing is not None else ""
+        lines.append(f"  {count(chains.unknown, 'request')} not served whole: documents that are not there{first}, or more than the context holds")
+    return lines
 
 
 def _quality(report: BuildReport) -> str:

@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from kvstore.cli import options
-from kvstore.cli.output import Output, safe
+from kvstore.cli.output import Output, count, safe
 
 if TYPE_CHECKING:
     from kvstore.diff import Diff
@@ -48,7 +48,8 @@ def text(found: Diff) -> str:
     for c in found.changed:
         before, after = c.tokens
         length = f", {before:,} -> {after:,} tokens" if before != after else ""
-        lines.append(f"~ {_shown(c.after)}: {', '.join(c.fields)}{length}")
+        chains = f", {len(c.before.chained)} -> {count(len(c.after.chained), 'chain')}" if "chains" in c.fields else ""
+        lines.append(f"~ {_shown(c.after)}: {', '.join(c.fields)}{length}{chains}")
     total = f"{len(found.added)} added, {len(found.removed)} removed, {len(found.changed)} changed; {found.tokens:+,} tokens"
     return "\n".join([*lines, f"snapshot {found.a} to {found.b}: {total}"]) + "\n"
 
@@ -73,4 +74,11 @@ def to_json(found: Diff) -> dict[str, Any]:
 def _row(row: Row) -> dict[str, Any]:
     from kvstore.diff import row_tokens
 
-    return {"source": row.source, "model": row.model, "template": row.template, "encoding": row.encoding, "tokens": row_tokens(row)}
+    return {
+        "source": row.source,
+        "model": row.model,
+        "template": row.template,
+        "encoding": row.encoding,
+        "tokens": row_tokens(row),
+        "chains": len(row.chained),
+    }

@@ -24,7 +24,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("questions", metavar="FILE", help="the questions, as JSON lines")
     parser.add_argument("--limit", metavar="N", type=int, help="ask the first N questions alone")
     parser.add_argument("--tier", metavar="NAME", action="append", help="this tier alone (may be repeated; default: all)")
-    parser.add_argument("--reuse", choices=("prefix", "blocks"), help="this mode alone (default: prefix, and blocks for questions it does not cover)")
+    options.add_reuse(parser, None, "prefix, and blocks for questions that it does not cover")
     parser.add_argument("--max-new-tokens", metavar="N", type=int, default=64, help="length of an answer at most (default: 64)")
     options.add_store(parser)
     options.add_model(parser)
@@ -43,6 +43,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
         cases,
         tiers=args.tier or (),
         reuse=args.reuse,
+        recompute=args.recompute,
         max_new_tokens=args.max_new_tokens,
         progress=lambda number, case: out.progress(f"asking: {number} of {len(cases)}, {case.query}"),
     )

@@ -50,7 +50,9 @@ def _cells(versions: Sequence[Listed]) -> tuple[Any, ...]:
     first = versions[0]
     tiers = dict.fromkeys(t for v in versions for t in v.tiers)
     regimes = {r for v in versions for r in v.regimes}
-    return (first.source, first.passages, first.tokens, human(sum(v.nbytes for v in versions)), ", ".join(tiers), regime(regimes))
+    chains = sum(v.chains for v in versions)
+    contexts = regime(regimes) + (f", {count(chains, 'chain')}" if chains else "")
+    return (first.source, first.passages, first.tokens, human(sum(v.nbytes for v in versions)), ", ".join(tiers), contexts)
 
 
 def regime(regimes: Sequence[str] | set[str]) -> str:

@@ -38,7 +38,10 @@ def run(args: argparse.Namespace, out: Output) -> int:
     store = options.open_with_model(args)
     found = store.match(given, args.source)
     sides = _sides(store, found, given)
-    out.result({**asdict(found), "sources": list(found.sources), "exact": found.exact, **sides}, text(found, sides))
+    out.result(
+        {**asdict(found), "sources": list(found.sources), "chains": [list(c) for c in found.chains], "exact": found.exact, **sides},
+        text(found, sides),
+    )
     return 0
 
 
@@ -60,6 +63,7 @@ def text(found: Match, sides: dict[str, Any]) -> str:
     if found.key is None:
         return f"nothing stored begins as this text does ({found.total:,} tokens)\n"
     where = ", ".join(map(ascii, found.sources)) or f"segment {found.key[:12]}, which no document of the newest snapshot uses"
+    where += "".join(f", also after {', '.join(map(ascii, names))}" for names in found.chains)
     if found.exact:
         return f"stored: all {found.total:,} tokens are {where}\n"
     lines = [

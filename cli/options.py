@@ -49,6 +49,38 @@ def add_quality(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--deadline", metavar="SECONDS", type=float, help="the finest tier that decodes in this time")
 
 
+def add_reuse(parser: argparse.ArgumentParser, default: str | None, otherwise: str) -> None:
+    """How documents that stand elsewhere than they were built are used. `otherwise` says what is done where nothing is given."""
+    from kvstore.reuse import NAMES
+
+    parser.add_argument(
+        "--reuse",
+        choices=NAMES,
+        default=default,
+        help="prefix: the longest stored beginning, exact; approximate are blocks: documents stored alone, side by side, and with some of their "
+        "tokens computed anew: epic (the first ones), cacheblend (those that changed most), query (those that the question attends to) "
+        f"(default: {otherwise})",
+    )
+    parser.add_argument(
+        "--recompute",
+        metavar="N|SHARE",
+        type=budget,
+        help="how many tokens the last three compute anew: 16 of each document, or 0.15 of them all (default: 16 for epic, else 0.15)",
+    )
+
+
+def budget(text: str) -> int | float:
+    """`16`: tokens a document; `0.15`: a share of them all."""
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of tokens (16) nor a share (0.15)") from None
+
+
 def add_calibration(parser: argparse.ArgumentParser) -> None:
     """What the transform codec is to learn."""
     parser.add_argument(
@@ -108,7 +140,7 @@ def open_with_model(args: argparse.Namespace) -> OpenStore:
     """The store and, once something is computed, its model."""
     import kvstore
 
-    given = {name: getattr(args, name, None) for name in ("template", "encoding", "dtype", "device")}
+    given: dict[str, Any] = {name: getattr(args, name, None) for name in ("template", "encoding", "dtype", "device")}
     return kvstore.open(store_path(args), args.model, **given)
 
 

@@ -92,7 +92,9 @@ def _layer_name(group: LayerBytes) -> str:
 
 
 def _segments(found: Detail) -> str:
-    rows = [(str(s.passage), s.regime, s.tokens, s.position, s.key, s.pack[:12]) for s in found.segments]
+    rows = [
+        (str(s.passage), f"after {', '.join(s.after)}" if s.after else s.regime, s.tokens, s.position, s.key, s.pack[:12]) for s in found.segments
+    ]
     return table(("passage", "regime", "tokens", "position", "segment", "pack"), rows)
 
 
@@ -120,7 +122,7 @@ def to_json(found: Detail, snapshot: int) -> dict[str, Any]:
         "raw_nbytes": found.raw_nbytes,
         "tiers": [{**asdict(t), "requires": list(t.requires)} for t in found.tiers],
         "layers": [asdict(g) for g in found.layers],
-        "segments": [asdict(s) for s in found.segments],
+        "segments": [{**asdict(s), "after": list(s.after)} for s in found.segments],
         "provenance": found.provenance,
         "calibrations": [asdict(c) for c in found.calibrations],
     }

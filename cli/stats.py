@@ -32,6 +32,7 @@ def text(found: Stats) -> str:
     lines = [
         f"{safe(found.store)}: snapshot {found.snapshot}, {count(found.snapshots, 'snapshot')} kept",
         f"{count(found.documents, 'document')}, {sizes}",
+        *[f"{count(found.chains, 'passage')} of them stored after others (chains)"] * bool(found.chains),
         *(f"model {safe(name)} {key[:12]}" for key, name in found.models),
         *(f"template {safe(kind)} {key[:12]}" for key, kind in found.templates),
         *(f"calibration {about_calibration(c)}" for c in found.calibrations),
@@ -48,7 +49,9 @@ def about_calibration(total: CalibrationTotal) -> str:
 def _encoding(total: EncodingTotal, model: str) -> str:
     about = f"encoding {total.id[:12]} ({', '.join(total.codecs)}) of {safe(model)}"
     header = ("tier", "bytes", "a token", "a load reads", "a token", "smaller", "KL", "up to")
-    return f"{about}: {count(total.artifacts, 'artifact')}, {count(total.tokens, 'token')}\n" + table(header, [_row(t, total) for t in total.tiers])
+    states = f", recurrent states {human(total.state_nbytes)}" if total.state_nbytes else ""
+    line = f"{about}: {count(total.artifacts, 'artifact')}, {count(total.tokens, 'token')}{states}"
+    return f"{line}\n" + table(header, [_row(t, total) for t in total.tiers])
 
 
 def _row(tier: TierTotal, total: EncodingTotal) -> tuple[str, ...]:

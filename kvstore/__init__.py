@@ -20,6 +20,7 @@ from kvstore.errors import (
 )
 
 if TYPE_CHECKING:
+    from kvstore.answering import stream
     from kvstore.api import OpenStore, open
     from kvstore.builder import BuildReport, build
     from kvstore.calibrator import CalibrationReport, calibrate
@@ -47,6 +48,7 @@ __all__ = [
     "collate",
     "mask_dropped",
     "open",
+    "stream",
 ]
 _HOMES = {
     "open": "api",
@@ -59,6 +61,7 @@ _HOMES = {
     "mask_dropped": "families.masking",
     "collate": "prompt",
     "Document": "documents",
+    "stream": "answering",
 }
 
 

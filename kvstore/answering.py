@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kvstore.compose import Reuse
 from kvstore.prompt import Prompt
 
 if TYPE_CHECKING:
@@ -66,12 +67,53 @@ def generated_ids(model: Any, tokenizer: Any, inputs: dict[str, Any], max_new_to
     return ids[0, inputs["input_ids"].shape[1] :].tolist()
 
 
-def first_token(store: OpenStore, documents: Sequence[Any], query: str, *, reuse: Reuse = "prefix", **quality: Any) -> FirstToken:
-    """Time `compose` and its first forward pass against a prefill of the same ids, by turns in this process, after one warm-up each."""
+def stream(store: OpenStore, prompt: Prompt, max_new_tokens: int = 64, **generation: Any) -> Iterator[str]:
+    """The continuation of a composed prompt piece by piece, as it comes: greedy unless `generation` says otherwise."""
+    tokenizer, given = store.source.tokenizer, generation.pop("stopping_criteria", None) or []
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    options = {"max_new_tokens": max_new_tokens, "do_sample": False, "pad_token_id": pad, **generation}
+
+    def work(streamer: Any, stopped: Any) -> None:
+        with torch.inference_mode():
+            store.model.generate(**prompt.inputs, streamer=streamer, stopping_criteria=[*given, stopped], **options)
+
+    return streamed(tokenizer, work)
+
+
+def streamed(tokenizer: Any, work: Callable[[Any, Any], Any]) -> Generator[str, None, None]:
+    """Text while `work(streamer, stopped)` generates it in a thread of its own; `stopped` is to be among its stopping criteria.
+
+    Its errors are raised here. Whoever stops listening stops it at its next token.
+    """
+    from transformers import TextIteratorStreamer
+
+    left = threading.Event()
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+    def stopped(ids: torch.Tensor, scores: Any, **more: Any) -> torch.Tensor:
+        return torch.full((len(ids),), left.is_set(), device=ids.device)
+
+    def run() -> None:
+        try:
+            work(streamer, stopped)
+        finally:  # where it failed, the reader would wait for ever
+            streamer.on_finalized_text("", stream_end=True)
+
+    with ThreadPoolExecutor(1, "kvstore-stream") as pool:
+        running = pool.submit(run)
+        try:
+            yield from filter(None, streamer)
+        finally:
+            left.set()
+    running.result()
+
+
+def first_token(store: OpenStore, documents: Sequence[Any], query: str = "", **options: Any) -> FirstToken:
+    """Time `compose` (with its `options`) and its first forward pass against a prefill of the same ids, by turns, after one warm-up each."""
     model = store.model
 
     def stored() -> Prompt:
-        prompt = store.compose(documents, query, reuse=reuse, **quality)
+        prompt = store.compose(documents, query, **options)
         inputs = prompt.inputs
         last_logits(model, inputs["input_ids"][:, prompt.receipt.cached_tokens :], inputs["past_key_values"])
         return prompt

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import importlib
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from kvstore.artifact import Stored
 from kvstore.errors import InputError, KvstoreError
+from kvstore.hot import Recent
 from kvstore.manifest import Row
 from kvstore.store import Store
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     import torch
     from zarr import Group
 
+    from kvstore.chains import Order
     from kvstore.compose import Composer
     from kvstore.decode import Decoder
     from kvstore.loader import Prefix
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from kvstore.match import Match
     from kvstore.models import ModelSource
     from kvstore.prompt import Prompt
+    from kvstore.reuse import Reuse
     from kvstore.verify import VerifyReport
 
 
@@ -38,13 +41,19 @@ def open(
     encoding: str | None = None,
     dtype: str | None = None,
     device: str | None = None,
+    host_cache: int = 0,
+    device_cache: int = 0,
 ) -> OpenStore:
     """Open a store. With a `model` (path, hub id, or object with its `tokenizer`) its identity is checked, and its probe for objects.
 
     Without a model the store lists, verifies and compares; the first `load` or `compose` then loads the model that built it.
+    Hot documents: `host_cache` bytes of decoded documents are kept in host memory, usable at any position; `device_cache` bytes of whole
+    beginnings of prompts on the model's device, handed out again without a copy. Least recently used go first.
     Raises NotFoundError, FormatError, IncompatibleError.
     """
-    return OpenStore(path, model, tokenizer, template=template, encoding=encoding, dtype=dtype, device=device)
+    return OpenStore(
+        path, model, tokenizer, template=template, encoding=encoding, dtype=dtype, device=device, host_cache=host_cache, device_cache=device_cache
+    )
 
 
 class OpenStore(Store):
@@ -60,8 +69,11 @@ class OpenStore(Store):
         encoding: str | None = None,
         dtype: str | None = None,
         device: str | None = None,
+        host_cache: int = 0,
+        device_cache: int = 0,
     ):
         super().__init__(path)
+        self._host_cache, self._device_cache = host_cache, device_cache
         self._given, self._tokenizer, self._dtype, self._device = model, tokenizer, dtype, device
         self._choice = {"template": template, "encoding": encoding}
         if model is not None:
@@ -92,13 +104,18 @@ class OpenStore(Store):
     def _warm_up(self) -> None:
         with suppress(KvstoreError):  # what is missing or damaged is for the load that wants it to report
             for row in self.rows(model=self.source.identity.key)[:1]:
-                self._decoder.warm_up(self.artifacts(row)[-1])
+                self._decoder.warm_up(self.artifacts(row)[-1], self.source.place)
 
     @cached_property
     def _decoder(self) -> Decoder:
         from kvstore.decode import Decoder
 
-        return Decoder()
+        return Decoder(host_cache=self._host_cache)
+
+    @cached_property
+    def _hot(self) -> Recent[Sequence[tuple[torch.Tensor, torch.Tensor]]]:
+        """Outlives the composer: keys are content, which no later snapshot changes."""
+        return Recent(self._device_cache, lambda layers: sum(k.nbytes + v.nbytes for k, v in layers))
 
     def refresh(self) -> None:
         """See what others committed since."""
@@ -110,7 +127,7 @@ class OpenStore(Store):
         from kvstore.compose import Composer
 
         _ = self.model  # checked before anything of it is used
-        return Composer(self.view, self.source, self._decoder)
+        return Composer(self.view, self.source, self._decoder, self._hot)
 
     @property
     def view(self) -> View:
@@ -126,7 +143,10 @@ class OpenStore(Store):
         documents: Any = (),
         query: str = "",
         *,
-        reuse: Literal["prefix", "blocks"] = "prefix",
+        messages: Sequence[Mapping[str, Any]] | None = None,
+        reuse: Reuse = "prefix",
+        recompute: int | float | None = None,
+        order: Order = "given",
         tier: str | None = None,
         max_kl: float | None = None,
         max_bytes: int | None = None,
@@ -134,15 +154,18 @@ class OpenStore(Store):
     ) -> Prompt:
         """A prompt of head, `documents` and `query`, its beginning from the store. `model.generate(**prompt.inputs)` answers.
 
+        `messages` instead of a query: earlier questions and answers and the question, as dicts of `role` and `content`; documents stand before them.
         `documents`: source names (`a.md`, `a.md#3`), Documents, dicts with text, or retriever objects. `reuse`: `prefix` takes the longest
-        stored chain and is exact; `blocks` puts separately stored documents side by side, which is approximate. At most one of `tier`, `max_kl`
+        stored chain and is exact; `blocks` puts separately stored documents side by side, which is approximate; `epic`, `cacheblend` and `query` do
+        too and compute some of their tokens anew: the first of each, those that changed most, those that the question attends to. `recompute` is
+        how many: a whole number of tokens a document (epic: 16), or a share of all, 0.0 to 1.0 (the others: 0.15). `order`: `cached` may put the
+        documents in another order, so that a longer stored chain is reused, and the receipt says so. At most one of `tier`, `max_kl`
         (nats a token), `max_bytes`, `deadline` (seconds); the finest stored tier otherwise.
         """
         from kvstore.quality import Quality
 
-        if not isinstance(query, str) or not query.strip():
-            raise InputError("a prompt needs a query", remedy="pass query=, or use load() for the cache alone")
-        return self._composer.compose(listed(documents), query, reuse, Quality(tier, max_kl, max_bytes, deadline))
+        quality = Quality(tier, max_kl, max_bytes, deadline)
+        return self._composer.compose(listed(documents), _asked(query, messages), reuse, quality, recompute, order)
 
     def load(
         self, source: str, *, tier: str | None = None, max_kl: float | None = None, max_bytes: int | None = None, deadline: float | None = None
@@ -195,6 +218,17 @@ class OpenStore(Store):
     def artifacts(self, row: Row) -> list[Stored]:
         """Every stored artifact that a row needs."""
         return [self.stored(key, row.encoding) for key in sorted(row.segment_keys())]
+
+
+def _asked(query: Any, messages: Sequence[Mapping[str, Any]] | None) -> str | Sequence[Mapping[str, Any]]:
+    """The query, or the messages instead. Raises InputError for neither and for both."""
+    if messages is not None:
+        if query:
+            raise InputError("both a query and messages", remedy="the last message is the query: pass one of the two")
+        return messages
+    if not isinstance(query, str) or not query.strip():
+        raise InputError("a prompt needs a query", remedy="pass query=, or use load() for the cache alone")
+    return query
 
 
 def _import_kernels() -> None:

@@ -16,6 +16,7 @@ from kvstore.errors import NotFoundError
 from kvstore.identity import artifact_id
 from kvstore.manifest import Encoding, Layout, Model, Passage, Row, Tier
 from kvstore.pack import Pack, Segment
+from kvstore.pack_files import STATE
 
 if TYPE_CHECKING:
     from kvstore.store import Store
@@ -46,9 +47,14 @@ class Stored:
         return drops(self.encoding.codec(tier_chain(self.encoding, tier)[-1].codec).params)
 
     def nbytes(self, tier: str | None = None) -> int:
-        """Stored bytes that a load at `tier` reads; of all tiers together by default."""
+        """Stored bytes that a load at `tier` reads; of all tiers together by default. A recurrent state is read at each."""
         tiers = self.encoding.tiers if tier is None else tier_chain(self.encoding, tier)
-        return self.segment.nbytes([t.array for t in tiers])
+        return self.segment.nbytes([t.array for t in tiers]) + self.state_nbytes
+
+    @property
+    def state_nbytes(self) -> int:
+        """Stored bytes of the recurrent state at the segment's end; a chain of segments reads that of the last one alone."""
+        return self.segment.nbytes([STATE]) if self.pack.layout.state else 0
 
 
 def policy_of(encoding: Encoding, tier: str) -> str:

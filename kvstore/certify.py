@@ -29,6 +29,7 @@ from kvstore.errors import InputError, KvstoreError
 from kvstore.families.assemble import dynamic_cache, share
 from kvstore.families.capture import prefill
 from kvstore.families.masking import masking
+from kvstore.families.states import States, state_bytes, take_states
 from kvstore.identity import Context, artifact_id, segment_key
 from kvstore.manifest import Encoding, Layout, Model, Tier
 from kvstore.pack import PACKS, Pack
@@ -201,12 +202,13 @@ def percentile(kl: npt.NDArray[np.float64]) -> float:
 
 @dataclass(frozen=True)
 class _Live:
-    """What the model computed itself, for one segment: where it lies in the scratch pack, its logits, and the noise floor."""
+    """What the model computed itself, for one segment: where it lies in the scratch pack, its logits, the noise floor, its recurrent states."""
 
     sampled: Sampled
     row: int
     logits: torch.Tensor
     noise: float
+    states: States
 
 
 class _Scorer:
@@ -235,8 +237,9 @@ class _Scorer:
 
     def _add_parent(self, ids: tuple[int, ...], writer: PackWriter) -> int:
         """The head (or anchor) as it is stored."""
-        units = self.encoder.encode(bits_of(self.prefiller.run(ids, ())))
-        writer.add(segment_key(self.key, self.layout, Context.root(), ids), Context.root(), ids, units)
+        captured = self.prefiller.capture(ids, ())
+        units, state = self.encoder.encode(bits_of(captured.layers)), state_bytes(self.layout, captured.states)
+        writer.add(segment_key(self.key, self.layout, Context.root(), ids), Context.root(), ids, units, state=state)
         return len(writer.rows) - 1
 
     def _add(self, sampled: Sampled, writer: PackWriter) -> _Live:
@@ -245,12 +248,14 @@ class _Scorer:
         ids = task.ids[: sampled.split]
         before = self._context(task.chain)
         values, cache = prefill(model, self.layout, ids, before)
+        states = take_states(cache) if self.layout.state else ()
         units = self.encoder.encode(bits_of(values), self.assign(ids, task.chain))
-        writer.add(segment_key(self.key, self.layout, task.context, ids), task.context, ids, units)
+        key = segment_key(self.key, self.layout, task.context, ids)
+        writer.add(key, task.context, ids, units, state=state_bytes(self.layout, states))
         logits, half = logits_after(model, cache, sampled.scored), sampled.split // 2
         other = prefill(model, self.layout, ids[half:], prefill(model, self.layout, ids[:half], before)[1])[1]
         noise = compare(logits, logits_after(model, other, sampled.scored), sampled.scored[1:])
-        return _Live(sampled, len(writer.rows) - 1, logits, float(noise.kl.mean()))
+        return _Live(sampled, len(writer.rows) - 1, logits, float(noise.kl.mean()), states)
 
     def _context(self, chain: Chain) -> Any:
         cache = self.prefiller.context(chain) if chain[-1] else None
@@ -263,5 +268,5 @@ class _Scorer:
             self.decoder.decode(Piece(s, tier.name, s.segment.tokens, at, at), layers, masked=True)
             at += s.segment.tokens
         with masking(model) if any(s.drops(tier.name) for s in stored) else nullcontext():
-            found = logits_after(model, dynamic_cache(model.config, layers), scored)
+            found = logits_after(model, dynamic_cache(model.config, layers, live.states), scored)
         return compare(live.logits, found, scored[1:])

@@ -16,15 +16,17 @@ from kvstore.answering import generated_ids, last_logits
 from kvstore.artifact import tier_chain
 from kvstore.asking import Case, exact_match, f1
 from kvstore.certificates import t95
-from kvstore.compose import Reuse
 from kvstore.errors import InputError, NotFoundError
 from kvstore.prompt import Prompt
+from kvstore.reuse import Reuse, mode_of
+from kvstore.reuse.base import Budget
 from kvstore.scoring import compare, logits_after
 
 if TYPE_CHECKING:
     from kvstore.api import OpenStore
 
 FEW = 30  # questions below which the advice says that a small loss would not show
+MORE = "compute tokens anew (--reuse query, --recompute 0.3), or ask one document at a time with --reuse prefix"
 SLACK = 0.05  # of F1: what loses more is not advised even where it may be chance, as with three questions it always may
 
 
@@ -102,16 +104,19 @@ def evaluate(
     *,
     tiers: Sequence[str] = (),
     reuse: Reuse | None = None,
+    recompute: Budget = None,
     max_new_tokens: int = 64,
     progress: Callable[[int, Case], None] | None = None,
 ) -> Evaluation:
-    """Answer every case live and from the store, greedily. `tiers` and `reuse` default to all; blocks applies where a prefix does not hold it all.
+    """Answer every case live and from the store, greedily. `tiers` defaults to all; `reuse` to prefix, and blocks where that does not hold all.
 
-    Raises NotFoundError for a document or tier that is not stored, and what `compose` does.
+    `recompute`: the budget of a mode that computes tokens anew, as `compose` takes it. Raises NotFoundError for a document or tier that is not
+    stored, and what `compose` does.
     """
+    mode_of(reuse or "prefix", recompute)  # refused before anything is computed
     if not cases or max_new_tokens < 1:
         raise InputError("nothing to answer", remedy="give one question and one token or more")
-    run = _Run(store, max_new_tokens)
+    run = _Run(store, max_new_tokens, recompute)
     run.require(cases)
     chosen = [tier_chain(run.encoding, t)[-1].name for t in tiers] or [t.name for t in run.encoding.tiers]
     for number, case in enumerate(cases, 1):
@@ -124,8 +129,8 @@ def evaluate(
 class _Run:
     """The questions so far."""
 
-    def __init__(self, store: OpenStore, max_new_tokens: int):
-        self.store, self.model, self.tokens = store, store.model, max_new_tokens
+    def __init__(self, store: OpenStore, max_new_tokens: int, recompute: Budget):
+        self.store, self.model, self.tokens, self.recompute = store, store.model, max_new_tokens, recompute
         view = store.view
         self.encoding = store.encodings()[view.encoding_id]
         self.stop = "\n" if view.renderer.record.kind == "plain" else ""  # without a chat template nothing else ends an answer
@@ -142,7 +147,7 @@ class _Run:
                     raise NotFoundError(f"line {case.line}: {error.message}", remedy=error.remedy) from error
 
     def take(self, number: int, case: Case, tiers: Sequence[str], reuse: Reuse | None) -> None:
-        first = self.store.compose(case.documents, case.query, reuse=reuse or "prefix", tier=tiers[-1])
+        first = self._composed(case, reuse or "prefix", tiers[-1])
         whole = {"input_ids": first.input_ids, "attention_mask": torch.ones_like(first.input_ids)}
         live, text = self._answer(whole)
         self.lives.append(Live(number, text, exact_match(text, case.answers), f1(text, case.answers)))
@@ -151,6 +156,9 @@ class _Run:
         modes: list[Reuse] = [reuse] if reuse is not None else ["prefix", "blocks"] if lacking else ["prefix"]
         self.answers += [self._stored(number, case, mode, tier, (live, text, wanted)) for mode in modes for tier in tiers]
 
+    def _composed(self, case: Case, mode: Reuse, tier: str) -> Prompt:
+        return self.store.compose(case.documents, case.query, reuse=mode, recompute=self.recompute, tier=tier)
+
     def _answer(self, inputs: dict[str, Any]) -> tuple[list[int], str]:
         ids = generated_ids(self.model, self.store.source.tokenizer, inputs, self.tokens, self.stop)
         text = str(self.store.source.tokenizer.decode(ids, skip_special_tokens=True)).strip()
@@ -158,7 +166,7 @@ class _Run:
 
     def _stored(self, number: int, case: Case, mode: Reuse, tier: str, reference: tuple[list[int], str, torch.Tensor]) -> Answered:
         (live, text, wanted), right = reference, case.answers
-        prompt = self.store.compose(case.documents, case.query, reuse=mode, tier=tier)
+        prompt = self._composed(case, mode, tier)
         found = self._answer(prompt.inputs)[1]
         cached = prompt.receipt.cached_tokens
         said = logits_after(self.model, prompt.cache, prompt.input_ids[0, cached:].tolist() + live[:-1], keep=len(live))
@@ -170,7 +178,7 @@ class _Run:
     def _first_token(self, case: Case, mode: Reuse, tier: str, prompt: Prompt) -> tuple[float, float]:
         """Milliseconds until the first logits are on the host: from `compose`, and by a prefill of the same ids. Both have run before."""
         started = time.perf_counter()
-        fresh = self.store.compose(case.documents, case.query, reuse=mode, tier=tier)
+        fresh = self._composed(case, mode, tier)
         last_logits(self.model, fresh.input_ids[:, fresh.receipt.cached_tokens :], fresh.cache)
         between = time.perf_counter()
         last_logits(self.model, prompt.input_ids, None)
@@ -234,5 +242,5 @@ def _advice(totals: Sequence[Total]) -> str:
     f1s = f"F1 {best.f1:.2f}, live {best.f1 - best.f1_change:.2f}"
     if good:
         return f"{way}: --tier {best.tier} is the cheapest without a measurable loss ({f1s}), first token {best.ratio:.1f} times sooner"
-    remedy = "build with --lossless, or --recalibrate" if totals[0].reuse == "prefix" else "ask one document at a time with --reuse prefix"
+    remedy = "build with --lossless, or --recalibrate" if totals[0].reuse == "prefix" else MORE
     return f"{way}: every tier loses answers (best: {best.tier}, {f1s}); {remedy}"

@@ -27,8 +27,9 @@ class Exported:
 
 
 def export(store: OpenStore, source: str, path: str | Path, **quality: Any) -> Exported:
-    """Write `layers.N.keys` and `layers.N.values` [1, heads, tokens, head_dim] at position 0 and `token_ids` int64 [tokens].
+    """Write `layers.N.keys` and `layers.N.values` [1, heads, tokens, channels] at position 0 and `token_ids` int64 [tokens].
 
+    N counts the layers of the model's cache that have keys and values; of latent attention these are the latents, of unlike widths.
     No model is loaded. The file appears whole or not at all. `quality`: as for `OpenStore.load`. Raises what `OpenStore.read` does, StorageError.
     """
     ids, layers, receipt = store.read(source, **quality)

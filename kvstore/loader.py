@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import torch
 
 from kvstore.artifact import Artifact
 from kvstore.compose import Composer
 from kvstore.decode import KV, Decoder, Piece, allocate
 from kvstore.errors import InputError
+from kvstore.families.states import require_no_state
 from kvstore.prompt import Prompt
 from kvstore.quality import Quality
 from kvstore.receipt import Receipt
@@ -46,14 +48,9 @@ class Prefix:
         if not query.strip():
             raise InputError("a prompt needs a query")
         tail = torch.tensor([self.composer.view.renderer.query(query)], device=self.input_ids.device)
-        self.composer.require_room(self.input_ids.shape[1] + tail.shape[1])
+        self.composer.dialogue.require_room(self.input_ids.shape[1] + tail.shape[1])
         ids = torch.cat([self.input_ids, tail], dim=1)
-        receipt = Receipt(**{**_fields(self.receipt), "prompt_tokens": ids.shape[1]})
-        return Prompt(ids, receipt, self.base.layers, self.base.config, self.base.masked)
-
-
-def _fields(receipt: Receipt) -> dict[str, Any]:
-    return {name: getattr(receipt, name) for name in receipt.__struct_fields__}
+        return replace(self.base, input_ids=ids, receipt=msgspec.structs.replace(self.receipt, prompt_tokens=ids.shape[1]))
 
 
 def load(composer: Composer, source: str, quality: Quality) -> Prefix:
@@ -65,7 +62,11 @@ def load(composer: Composer, source: str, quality: Quality) -> Prefix:
 
 
 def read(artifact: Artifact, name: str, quality: Quality, decoder: Decoder, position: int, device: str) -> tuple[list[int], list[KV], dict[str, Any]]:
-    """One document's own KV at `position`, all its passages one after another. `name` is what the receipt calls it."""
+    """One document's own KV at `position`, all its passages one after another. `name` is what the receipt calls it.
+
+    Raises IncompatibleError for models with a recurrent state: what a document leaves of it holds after its prefix alone.
+    """
+    require_no_state(artifact.layout, f"{name} without what stood before it", "load() it with a model: that gives the cache of the whole prefix")
     started = time.perf_counter()
     tiers = quality.choose(artifact.stored, artifact.store.quality)
     layers = allocate(artifact.layout, artifact.tokens, device)

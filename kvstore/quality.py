@@ -57,7 +57,8 @@ class Quality:
             return tier_chain(encoding, self.tier)[-1].name
         if self.max_bytes is not None:
             limit = self.max_bytes
-            return self._finest(encoding, lambda t: sum(s.nbytes(t.name) for s in stored) <= limit, f"{limit:,} bytes")
+            inner = sum(s.state_nbytes for s in stored[:-1])  # of a chain, the last state alone is read
+            return self._finest(encoding, lambda t: sum(s.nbytes(t.name) for s in stored) - inner <= limit, f"{limit:,} bytes")
         if self.deadline is not None:
             seconds = self.deadline
             return self._finest(encoding, lambda t: estimate(stored, t) <= seconds, f"{seconds:g} s")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import math
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -89,11 +90,25 @@ class Row:
     ranges: list[tuple[int, int, str]]
 
 
-def parse_row(data: bytes, tiers: int) -> Row:
+def parse_row(data: bytes, arrays: int) -> Row:
+    """`arrays`: the tiers, and the recurrent state where there is one."""
     key, parent, context, position, start, tokens = struct.unpack_from("<32s32sIIQI", data)
-    ranges = [struct.unpack_from("<QQ32s", data, 84 + 48 * t) for t in range(tiers)]
-    assert len(data) == 84 + 48 * tiers
+    ranges = [struct.unpack_from("<QQ32s", data, 84 + 48 * t) for t in range(arrays)]
+    assert len(data) == 84 + 48 * arrays
     return Row(key.hex(), parent.hex(), context, position, start, tokens, [(o, n, sha.hex()) for o, n, sha in ranges])
+
+
+def state_values(tensors: list[Any], data: bytes) -> list[list[float]]:
+    """Section 4, recurrent state."""
+    found, at = [], 0
+    for t in tensors:
+        count, width = math.prod(t["shape"]), 4 if t["dtype"] == "float32" else 2
+        part, at = data[at : at + count * width], at + count * width
+        if t["dtype"] == "bfloat16":  # the upper half of a float32
+            part = b"".join(b"\0\0" + part[i : i + 2] for i in range(0, len(part), 2))
+        found.append(list(struct.unpack(f"<{count}{'e' if t['dtype'] == 'float16' else 'f'}", part)))
+    assert at == len(data)
+    return found
 
 
 class PlainPack:
@@ -105,9 +120,10 @@ class PlainPack:
         self.folder, self.manifest = folder, json.loads(data)["attributes"]["kvstore"]
         self.layout, self.encoding = self.manifest["layout"], self.manifest["encoding"]
         self.tiers = self.encoding["tiers"]
-        size = 84 + 48 * len(self.tiers)
+        arrays = len(self.tiers) + bool(self.layout.get("state"))
+        size = 84 + 48 * arrays
         table = (folder / "segments" / "c.0.0").read_bytes()
-        self.rows = [parse_row(table[i : i + size], len(self.tiers)) for i in range(0, len(table), size)]
+        self.rows = [parse_row(table[i : i + size], arrays) for i in range(0, len(table), size)]
         ids = gzip.decompress((folder / "tokens" / "c.0").read_bytes())
         self.slots = struct.unpack(f"<{len(ids) // 4}I", ids)
         self.channels = self.layout["kv_heads"] * self.layout["head_dim"]
@@ -129,6 +145,15 @@ class PlainPack:
         units = [[shard[o : o + n] for o, n in group] for group in places]
         assert all(struct.pack("<I", crc32c(u[:-4])) == u[-4:] for group in units for u in group)
         return [[u[:-4] for u in group] for group in units]
+
+    def state(self, row: Row) -> list[list[float]]:
+        """The recurrent tensors at a segment's end, each flat."""
+        shard, (offset, size, sha) = (self.folder / "state" / "c.0.0").read_bytes(), row.ranges[-1]
+        unit, index = shard[offset : offset + size], shard[-(16 * len(self.rows) + 4) : -4]
+        assert hashlib.sha256(unit).hexdigest() == sha and struct.pack("<I", crc32c(unit[:-4])) == unit[-4:]
+        assert struct.pack("<I", crc32c(index)) == shard[-4:]
+        assert struct.unpack_from("<QQ", index, 16 * self.rows.index(row)) == (offset, size)
+        return state_values(self.layout["state"], unit[:-4])
 
     def decode(self, row: Row, name: str) -> list[Any]:
         """Values [layers, 2, tokens, channels] in C order: whole numbers (bit patterns) or floats."""

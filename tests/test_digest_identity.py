@@ -198,7 +198,7 @@ def test_nearest_model_is_the_one_that_is_compared() -> None:
 
 # segments
 
-BASE: dict[str, Any] = {"model": MODEL, "layout": LAYOUT, "context": Context.anchor([1]), "ids": [5, 6, 7], "rope_regime": "static"}
+BASE: dict[str, Any] = {"model": MODEL, "layout": LAYOUT, "context": Context.anchor([1]), "ids": [5, 6, 7]}
 
 
 def with_rope(**fields: Any) -> Layout:
@@ -226,7 +226,10 @@ CHANGED: dict[str, dict[str, Any]] = {
     "id order": {"ids": [6, 5, 7]},
     "fewer ids": {"ids": [5, 6]},
     "more ids": {"ids": [5, 6, 7, 0]},
-    "rope regime": {"rope_regime": "long"},
+    "latent attention": {"layout": msgspec.structs.replace(LAYOUT, latent=(8, 8))},
+    "latent widths": {"layout": msgspec.structs.replace(LAYOUT, latent=(12, 4))},
+    "rotated tensor": {"layout": msgspec.structs.replace(LAYOUT, rotated="values")},
+    "rope regime": {"layout": msgspec.structs.replace(LAYOUT, rope_regime="short", rope_limit=4096)},
 }
 
 
@@ -237,7 +240,9 @@ def test_everything_that_changes_kv_changes_the_segment_key() -> None:
 
 def test_every_field_of_the_layout_was_tried() -> None:
     """`ropes` beyond their geometry follow from the config, which the model's key holds."""
-    assert set(Layout.__struct_fields__) == {"layers", "kv_heads", "head_dim", "dtype", "capture", "rope_of", "ropes"}
+    plain = {"layers", "kv_heads", "head_dim", "dtype", "capture", "rope_of", "ropes"}
+    assert set(Layout.__struct_fields__) == plain | {"latent", "rotated", "rope_regime", "rope_limit", "state"}
+    assert set(msgspec.to_builtins(LAYOUT)) == plain  # files of models without any of the others are what they were
     assert set(RopeRecord.__struct_fields__) == {"start", "dim", "layout", "inv_freq", "scaling", "arithmetic", "kind"}
 
 

@@ -126,6 +126,10 @@ def test_blocks_are_asked_where_a_prefix_does_not_hold_all(store: kvstore.OpenSt
     assert found.advice.count("--reuse") == 2
     alone = evaluate(store, both, tiers=["fine", "standard"], reuse="blocks", max_new_tokens=8)
     assert [(t.reuse, t.tier, t.questions) for t in alone.totals] == [("blocks", "standard", 2), ("blocks", "fine", 2)]
+    anew = evaluate(store, both[1:], tiers=["lossless"], reuse="cacheblend", recompute=1.0, max_new_tokens=8)
+    assert [(t.reuse, t.questions) for t in anew.totals] == [("cacheblend", 1)] and anew.totals[0].kl < found.totals[1].kl / 10
+    with pytest.raises(InputError, match="computes nothing anew"):
+        evaluate(store, both, recompute=4)
 
 
 def test_what_is_not_stored_is_named_before_anything_is_asked(store: kvstore.OpenStore, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 import kvstore.digest
 from kvstore import fingerprint, identity
-from kvstore.arrays import tier_metadata
+from kvstore.arrays import state_metadata, tier_metadata
 from kvstore.calibration.checks import require_record
 from kvstore.calibration.files import chunk_files, metadata_files, plan
 from kvstore.calibration.record import Calibration, CalibrationRecord
@@ -29,7 +29,8 @@ from kvstore.certificates import QualityReport
 from kvstore.codecs import ans, get_codec, table_data
 from kvstore.codecs.masked import Mask
 from kvstore.families.rope import rotate
-from kvstore.manifest import Encoding, ModelRecord, PackManifest, RopeRecord, Snapshot, StoreRecord, TemplateRecord, parse, zarr_group
+from kvstore.families.states import State, state_bytes, states_from
+from kvstore.manifest import Encoding, Layout, ModelRecord, PackManifest, RopeRecord, Row, Snapshot, StoreRecord, TemplateRecord, parse, zarr_group
 from kvstore.tags import Tag
 from kvstore.transforms.klt import Basis
 from tests import plain_codecs, plain_reader, plain_transform
@@ -102,13 +103,14 @@ def check_rope(examples: Any) -> None:
 def plain_rotation(rope: dict[str, Any], position: int, head: list[float]) -> list[float]:
     """As the page says, for bfloat16: each product and sum rounded by itself."""
     f32, half = np.float32, rope["dim"] // 2
-    wide = (lambda x: f32(x)) if rope["arithmetic"] == "float32" else to_bfloat16
+    wide = to_bfloat16 if rope["arithmetic"] == "model" else f32
+    turn = f32 if rope["arithmetic"] == "float32" else to_bfloat16
     out = list(head)
     for i, frequency in enumerate(np.frombuffer(bytes.fromhex(rope["inv_freq"]), "<f4")):
         a, b = (2 * i, 2 * i + 1) if rope["layout"] == "interleaved" else (i, i + half)
         a, b = a + rope["start"], b + rope["start"]
         angle = f32(position) * frequency
-        c, s = (wide(f(angle) * f32(rope["scaling"])) for f in (np.cos, np.sin))
+        c, s = (turn(f(angle) * f32(rope["scaling"])) for f in (np.cos, np.sin))
         out[a] = float(to_bfloat16(wide(wide(f32(head[a]) * c) - wide(f32(head[b]) * s))))
         out[b] = float(to_bfloat16(wide(wide(f32(head[b]) * c) + wide(f32(head[a]) * s))))
     return out
@@ -130,6 +132,17 @@ def check_tier(example: Any) -> None:
     data = tier_metadata(manifest.encoding.tiers[0], manifest.layout, manifest.encoding, manifest.slots)
     assert json.loads(data) == example
     assert kvstore.digest.sha256(data) == manifest.files["t0/zarr.json"].sha256
+
+
+def check_state(example: Any) -> None:
+    layout = parse({**EXAMPLES["pack"]["layout"], "state": example["layout"]}, Layout, "page")
+    tensors = [torch.tensor(values).view(1, *t.shape).to(getattr(torch, t.dtype)) for values, t in zip(example["tensors"], layout.state, strict=True)]
+    states = tuple(State(t.layer, t.name, value) for t, value in zip(layout.state, tensors, strict=True))
+    data, unit = state_bytes(layout, states), bytes.fromhex(example["unit"])
+    assert data is not None and data + struct.pack("<I", plain_reader.crc32c(data)) == unit
+    assert all(torch.equal(a.value, b.value) for a, b in zip(states_from(layout, unit[:-4]), states, strict=True))
+    assert plain_reader.state_values(example["layout"], unit[:-4]) == example["tensors"]
+    assert json.loads(state_metadata(example["segments"], layout)) == example["metadata"]
 
 
 def check_row(example: Any) -> None:
@@ -242,6 +255,15 @@ def check_snapshot(example: Any) -> None:
     assert plain_reader.digest("kvstore/snapshot/1", body) == record.digest == record.own_digest()
 
 
+def check_chains(example: Any) -> None:
+    check_segment_key(example)
+    row = parse(example["row"], Row, "page")
+    ((chained, passage),) = zip(row.chained, row.passages, strict=True)
+    assert (chained.key, chained.passage) == (example["sha256"], 0)
+    assert example["value"]["context"] == ["parent", chained.parent, 20 + EXAMPLES["row"]["fields"]["tokens"]]
+    assert chained.parent == EXAMPLES["row"]["fields"]["key"] and passage.prefix == EXAMPLES["segment-key"]["sha256"]
+
+
 def check_tag(example: Any) -> None:
     assert parse(example, Tag, "page").snapshot == example["snapshot"]
 
@@ -300,6 +322,7 @@ CHECKS: dict[str, Check] = {
     "rope": check_rope,
     "pack": check_pack,
     "tier": check_tier,
+    "state": check_state,
     "row": check_row,
     "raw": lambda e: check_exact(e, "raw"),
     "ans": check_ans,
@@ -316,6 +339,7 @@ CHECKS: dict[str, Check] = {
     "probe": check_probe,
     "template": check_template,
     "snapshot": check_snapshot,
+    "chains": check_chains,
     "tag": check_tag,
     "quality": check_quality,
 }

@@ -139,7 +139,7 @@ def test_plain_zarr_reads_tokens_segments_and_attributes(store: Store, pack: Pac
     assert (tokens.dtype, tokens.shape, tokens.metadata.dimension_names) == (np.uint32, (64,), ("token",))
     assert np.array_equal(tokens[:], pack.token_ids)
     assert tokens[:].tolist()[:8] == [*HEAD, *[NO_TOKEN] * 4]
-    assert np.array_equal(rows[:].reshape(-1).view(row_dtype(ENCODING)), pack.rows)
+    assert np.array_equal(rows[:].reshape(-1).view(row_dtype(pack.arrays)), pack.rows)
 
 
 def test_plain_zarr_finds_packs_through_the_root(store: Store, pack: Pack) -> None:

@@ -22,17 +22,18 @@ TORCH_FREE = ("kvstore.pack", "kvstore.index", "kvstore.snapshot", "kvstore.stor
 
 # Imports run from a higher rank to the same or a lower one. The longest prefix of a module's name counts.
 LAYERS = [
-    "errors digest receipt wording",
+    "errors digest receipt wording hot",
     "identity manifest storage bundled schemas zarr_json provenance",
     "codecs transforms quantizers policies calibration",
-    "pack pack_writer arrays index snapshot tags checkpoint devices families scoring fingerprint validate",
-    "store artifact records certificates quality_upkeep reach gc collector inventory detail diff zarr_view models "
+    "pack pack_files pack_writer arrays index snapshot tags checkpoint devices families scoring fingerprint validate",
+    "store artifact prefixes prefix_table chain_rows records certificates quality_upkeep reach gc collector inventory detail diff zarr_view models "
     "verify_pack calibration_gc verify_calibrations",
-    "asking documents sources objects tables tokens vocabulary cutting template passages",
+    "asking chain_log documents sources objects tables tokens vocabulary cutting template turns passages",
     "calibration.live calibration.sample calibration.metric calibration.attention calibration.statistics",
-    "calibration.solve calibration.trial calibration.target calibration.learn plan prefill parts encode viewing placing decode quality lookup",
+    "calibration.solve calibration.trial calibration.target calibration.learn plan chain_plan prefill parts encode viewing placing decode "
+    "device quality lookup",
     "prompt chains reuse",
-    "answering asking certify compose evaluate export plotting builder build loader load match relogits verify calibrator",
+    "answering asking certify checkup compose evaluate export plotting compiling builder build loader load match relogits verify calibrator",
     "api",
     "demo cli integrations",
 ]

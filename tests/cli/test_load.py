@@ -40,6 +40,29 @@ def test_the_object(built: Path) -> None:
     assert took["stored"] > 0 and took["ratio"] == pytest.approx(took["cold"] / took["stored"]) and took["runs"] >= 1
 
 
+def test_a_dialogue(built: Path, tmp_path: Path) -> None:
+    file, words = tmp_path / "turns.json", ("load", "silver-tower.md", "--max-new-tokens", "6", "--store", built)
+    turns = [{"role": "user", "content": "Who lives there?"}, {"role": "assistant", "content": "Nobody."}, {"role": "user", "content": QUERY}]
+    file.write_text(json.dumps(turns))
+    found = run_json(*words, "--messages", file)
+    assert found["messages"] == turns and found["receipt"]["prompt_tokens"] > run_json(*ASK, "--store", built)["receipt"]["prompt_tokens"]
+    file.write_text(json.dumps(turns[2:]))
+    assert run_json(*words, "--messages", file)["answer"] == run_json(*ASK, "--store", built)["answer"]
+    for wrong in ("{}", "[", json.dumps(turns[:2]), "[]"):
+        file.write_text(wrong)
+        run_json(*words, "--messages", file, status=2)
+
+
+def test_some_tokens_computed_anew(built: Path) -> None:
+    words = ("load", "stone-bridge.md", "silver-tower.md", "--query", QUERY, "--max-new-tokens", "6", "--store", built)
+    found = run_json(*words, "--reuse", "epic", "--recompute", "8")["receipt"]
+    assert (found["reuse"], found["recompute"], [d["recomputed"] for d in found["documents"]]) == ("epic", 8, [0, 0, 8])
+    assert found["documents"][-1]["action"] == "recomputed" and found["documents"][-1]["context"] == "approximate"
+    assert run_json(*words, "--reuse", "query")["receipt"]["recompute"] == 0.15
+    assert "computes nothing anew" in run_json(*words, "--recompute", "8", status=2)["error"]["message"]
+    assert "neither a number" in run_json(*words, "--reuse", "epic", "--recompute", "many", status=2)["error"]["message"]
+
+
 def test_several_documents_side_by_side(built: Path) -> None:
     words = ("load", "stone-bridge.md", "silver-tower.md", "--query", QUERY, "--max-new-tokens", "6", "--store", built)
     moved = run_json(*words, "--reuse", "blocks")["receipt"]["documents"]

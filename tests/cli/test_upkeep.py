@@ -131,28 +131,22 @@ def test_doctor() -> None:
     found = run_json("doctor", "bundled")
     assert found["supported"] and found["class"] == "LlamaForCausalLM" and found["layout"]["capture"] == "hooked"
     text = run_main("doctor", "bundled").out
-    assert "0-63" in text and "bit for bit" in text and text.splitlines()[-1].startswith("supported: ")
+    assert "0-63" in text and "\nsupported: " in text and "continue          ok, bit for bit as live" in text
+    uses = {u["name"]: u["outcome"] for u in found["uses"]}
+    assert uses.keys() == {"store and reload", "continue", "cut", "batch", "static cache", "move"}
+    assert uses["store and reload"] == uses["continue"] == "exact" and set(uses.values()) <= {"exact", "rounding"}
 
 
 def test_doctor_refuses_what_it_cannot_store(tmp_path: Path, bundled_tokenizer: Any) -> None:
-    from transformers import MistralConfig, MistralForCausalLM
+    from transformers import GPT2Config, GPT2LMHeadModel
 
-    config = MistralConfig(
-        vocab_size=256,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        sliding_window=16,
-        max_position_embeddings=256,
-    )
-    MistralForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "m")
+    config = GPT2Config(vocab_size=256, n_embd=64, n_layer=2, n_head=2, n_positions=256)
+    GPT2LMHeadModel(config).to(torch.bfloat16).save_pretrained(tmp_path / "m")
     bundled_tokenizer.save_pretrained(tmp_path / "m")
     ran = run_main("doctor", tmp_path / "m")
-    assert ran.status == 4 and "refused:" in ran.out and "sliding" in ran.out
+    assert ran.status == 4 and "refused:" in ran.out and "values move with position" in ran.out
     found = run_json("doctor", tmp_path / "m", status=4)
-    assert found["layout"] is None and found["problems"]
+    assert found["layout"] is None and found["problems"] and {u["outcome"] for u in found["uses"]} == {"refused"}
     assert run_json("doctor", tmp_path / "nothing", status=2)["error"]["code"] == "input"
 
 
