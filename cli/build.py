@@ -15,7 +15,7 @@ from kvstore.cli import options
 from kvstore.cli.output import Output, count, safe
 
 if TYPE_CHECKING:
-    from kvstore.builder import BuildReport
+    from kvstore.build_report import BuildReport
     from kvstore.chain_plan import ChainReport
 
 USAGE = "PATH... [options]"

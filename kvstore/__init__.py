@@ -22,7 +22,8 @@ from kvstore.errors import (
 if TYPE_CHECKING:
     from kvstore.answering import stream
     from kvstore.api import OpenStore, open
-    from kvstore.builder import BuildReport, build
+    from kvstore.build_report import BuildReport
+    from kvstore.builder import build
     from kvstore.calibrator import CalibrationReport, calibrate
     from kvstore.documents import Document
     from kvstore.families.masking import mask_dropped
@@ -54,7 +55,7 @@ _HOMES = {
     "open": "api",
     "OpenStore": "api",
     "build": "builder",
-    "BuildReport": "builder",
+    "BuildReport": "build_report",
     "calibrate": "calibrator",
     "CalibrationReport": "calibrator",
     "Prompt": "prompt",

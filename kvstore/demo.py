@@ -17,7 +17,8 @@ import torch
 from kvstore import __version__, bundled
 from kvstore.answering import FirstToken, answer, first_token, live_answer
 from kvstore.api import OpenStore
-from kvstore.builder import BuildReport, build
+from kvstore.build_report import BuildReport
+from kvstore.builder import build
 from kvstore.bundled import Question
 from kvstore.errors import KvstoreError, StorageError
 from kvstore.index import cache_folder

@@ -10,7 +10,7 @@ import torch
 
 import kvstore
 from kvstore import Document
-from kvstore.builder import Limits
+from kvstore.build_report import Limits
 from kvstore.errors import IncompatibleError, InputError, NotFoundError
 from kvstore.pack_writer import PackWriter
 

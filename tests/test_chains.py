@@ -18,7 +18,7 @@ from transformers import DynamicCache
 
 import kvstore
 from kvstore import Document, chain_log
-from kvstore.builder import BuildReport
+from kvstore.build_report import BuildReport
 from kvstore.detail import show
 from kvstore.diff import diff
 from kvstore.errors import InputError, NotFoundError

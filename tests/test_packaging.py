@@ -33,7 +33,8 @@ LAYERS = [
     "calibration.solve calibration.trial calibration.target calibration.learn plan chain_plan prefill parts encode viewing placing decode "
     "device quality lookup",
     "prompt chains reuse",
-    "answering asking certify checkup compose evaluate export plotting compiling builder build loader load match relogits verify calibrator",
+    "answering asking certify checkup compose evaluate export plotting compiling build_report build_job builder build loader load match relogits "
+    "verify calibrator",
     "api",
     "demo cli integrations",
 ]
