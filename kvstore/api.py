@@ -114,8 +114,8 @@ class OpenStore(Store):
 
     @cached_property
     def _hot(self) -> Recent[Sequence[tuple[torch.Tensor, torch.Tensor]]]:
-        """Outlives the composer: keys are content, which no later snapshot changes."""
-        return Recent(self._device_cache, lambda layers: sum(k.nbytes + v.nbytes for k, v in layers))
+        """Outlives the composer: keys are content, which no later snapshot changes. `tensors`: those of a cache on its way to a GPU, not waited for."""
+        return Recent(self._device_cache, lambda layers: sum(k.nbytes + v.nbytes for k, v in getattr(layers, "tensors", layers)))
 
     def refresh(self) -> None:
         """See what others committed since."""
