@@ -34,6 +34,8 @@ def main() -> None:
 
     device = device_measure.Device(args.device, args.runs, args.threads)
     chosen = device_data.TINY if args.tiny else [g for g in device_data.GEOMETRIES if not args.geometry or g.name in args.geometry]
+    if not chosen:
+        raise SystemExit(f"--geometry is one of {', '.join(g.name for g in device_data.GEOMETRIES)}")
     table = Tables(device_measure.rates(device))
     for geometry in chosen:
         with tempfile.TemporaryDirectory(dir=args.folder) as folder, device_measure.quiet():

@@ -50,7 +50,7 @@ def main() -> None:
     head = ["documents", "prompt tokens", "reuse", "recompute", "stored ms", "full prefill ms", "times faster"]
     keep(f"First token from several documents, tier {bench.tier}", head, list(bench.times()), result_name("reuse_time", args))
     head = ["questions", "documents", "BM25 has all", "live right"]
-    keep("The retriever, and what the model can answer at all", head, bench.live, "reuse_retriever")
+    keep("The retriever, and what the model can answer at all", head, bench.live, result_name("reuse_retriever", args))
 
 
 def options() -> argparse.Namespace:

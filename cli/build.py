@@ -59,7 +59,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--chains",
         metavar="FILE",
-        help='a query log of lines {"documents": ["a.md", "b.md"], "count": 3}: orders asked for most are stored, each document after those before',
+        help='a query log of lines {"documents": ["a.md", "b.md"], "count": 3}: orders asked for twice are stored, each document after those before',
     )
     parser.add_argument(
         "--chain-budget", metavar="TOKENS", type=int, help="how many tokens these may have together (default: as many as the documents have)"
@@ -168,7 +168,7 @@ def _chains(chains: ChainReport, dry_run: bool) -> list[str]:
     size = f"{count(chains.segments, 'segment')} and {count(chains.tokens, 'token')}, {'at most' if dry_run else f'{chains.compiled} of them new'}"
     served, before = chains.served, chains.before
     lines = [
-        f"chains: {size}",
+        f"chains: {size}" + ("" if chains.segments else ": no order was asked for twice, or none fits --chain-budget"),
         f"  of {count(chains.requests, 'request')} in the log {served.requests:.0%} are stored to their last document (without chains "
         f"{before.requests:.0%}), and {served.tokens:.0%} of their documents' tokens (without {before.tokens:.0%})",
     ]

@@ -114,7 +114,7 @@ class OpenStore(Store):
 
     @cached_property
     def _hot(self) -> Recent[Sequence[tuple[torch.Tensor, torch.Tensor]]]:
-        """Outlives the composer: keys are content, which no later snapshot changes. `tensors`: those of a cache on its way to a GPU, not waited for."""
+        """Outlives the composer: keys are content, which no snapshot changes. `tensors`: those of a cache on its way to a GPU, not waited for."""
         return Recent(self._device_cache, lambda layers: sum(k.nbytes + v.nbytes for k, v in getattr(layers, "tensors", layers)))
 
     def refresh(self) -> None:
@@ -154,7 +154,7 @@ class OpenStore(Store):
     ) -> Prompt:
         """A prompt of head, `documents` and `query`, its beginning from the store. `model.generate(**prompt.inputs)` answers.
 
-        `messages` instead of a query: earlier questions and answers and the question, as dicts of `role` and `content`; documents stand before them.
+        `messages` instead of a query: earlier questions and answers and the question, as dicts of `role` and `content`, after the documents.
         `documents`: source names (`a.md`, `a.md#3`), Documents, dicts with text, or retriever objects. `reuse`: `prefix` takes the longest
         stored chain and is exact; `blocks` puts separately stored documents side by side, which is approximate; `epic`, `cacheblend` and `query` do
         too and compute some of their tokens anew: the first of each, those that changed most, those that the question attends to. `recompute` is

@@ -13,7 +13,8 @@ from kvstore.calibration.learn import Choices
 from kvstore.calibration.record import Calibration
 from kvstore.calibrator import Calibrating, Corpus, current_for, unlearned
 from kvstore.certify import Certifier
-from kvstore.chain_plan import ChainPlan, ChainReport, Link, Log, rows_after
+from kvstore.chain_log import Request
+from kvstore.chain_plan import ChainPlan, ChainReport, Link, rows_after
 from kvstore.codecs import CALIBRATED
 from kvstore.compiling import BATCH_TOKENS, BatchLine, Compiled, Compiler, Line
 from kvstore.documents import Document, Skipped
@@ -36,6 +37,7 @@ from kvstore.store import Store
 from kvstore.template import Renderer
 from kvstore.tokens import TextEncoder
 from kvstore.viewing import Assign, Assigner, nobody
+from kvstore.wording import count
 
 
 class Job:
@@ -46,7 +48,7 @@ class Job:
         self.report = BuildReport(str(store.path))
         self.progress = progress or (lambda report, name: None)
         self.waiting: list[Row] = []
-        self.chains: tuple[Log, int | None] | None = None
+        self.chains: tuple[list[Request], int | None] | None = None
         self.roots: set[str] = set()
         self.certifier: Certifier
         self.policy: Policy = parse_policy("uniform")
@@ -225,7 +227,7 @@ class Job:
         self.store.refresh()
         chained = self._compile_chains(rows)
         self._certify()
-        self.report.serves = serves(planner) + (f"; and {chained} passages in chains, after those before them, exactly" if chained else "")
+        self.report.serves = serves(planner) + (f"; and {count(chained, 'passage')} in chains, after those before them, exactly" if chained else "")
 
     def _compile_chains(self, rows: dict[RowId, Row]) -> int:
         """Chains of the query log, after their parents' live KV; an interrupt keeps those that are done. How many passages are chained now."""

@@ -16,7 +16,7 @@ from kvstore.calibration.learn import Choices
 from kvstore.calibration.record import Metric
 from kvstore.calibrator import Corpus
 from kvstore.certify import DOCUMENTS, Certifier, CertifyRule
-from kvstore.chain_plan import Log
+from kvstore.chain_plan import Log, read_chains
 from kvstore.errors import InputError
 from kvstore.models import ModelSource
 from kvstore.passages import LongRule
@@ -84,6 +84,7 @@ def build(
         raise InputError(f"batches of {batch_tokens} tokens", remedy="give 0 (no batches) or more")
     chosen = parse_policy(policy)
     corpus = Corpus(documents, include, strict)
+    log = None if chains is None else read_chains(chains, chain_budget)  # before anything is compiled
     with ExitStack() as scratch:
         job = Job(_opened(store, dry_run, scratch), source, progress, limits, dry_run)
         job.report.store, job.roots = str(store), reading.roots_of(documents)
@@ -92,7 +93,7 @@ def build(
         job.policy, job.batch_tokens = chosen, batch_tokens
         job.prepare(template, system, codec, lossless, rules, lambda renderer: job.calibrated(renderer, corpus, wanted, recalibrate))
         job.certifier = Certifier(source.identity, job.planner.layout, job.encoding, "none" if dry_run else certify, certify_documents)
-        job.chains = None if chains is None else (chains, chain_budget)
+        job.chains = log
         job.run(corpus, strict)
     job.report.seconds["total"] = time.perf_counter() - started
     return job.report

@@ -9,7 +9,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from kvstore.chain_log import Node, Place, Share, Trie, choose, count, read_log, share
+from kvstore.chain_log import Node, Place, Request, Share, Trie, choose, count, read_log, share
 from kvstore.chain_rows import pruned, with_chains
 from kvstore.errors import InputError
 from kvstore.identity import Context
@@ -49,19 +49,24 @@ class Link:
     task: Task
 
 
+def read_chains(log: Log, budget: int | None) -> tuple[list[Request], int | None]:
+    """A log and its budget, as `ChainPlan` takes them. Raises InputError for a log that cannot be read, and for a budget below nothing."""
+    if budget is not None and (isinstance(budget, bool) or budget < 0):
+        raise InputError(f"a budget of {budget} tokens for chains", remedy="give 0 or more")
+    return list(read_log(log)), budget
+
+
 class ChainPlan:
     """The chains to store for a log, of the documents that `rows` (of one model, template and encoding) have.
 
     `budget` None: as many tokens as the documents have, so that the store at most doubles. Raises InputError for a log that cannot be read.
     """
 
-    def __init__(self, planner: Planner, rows: Mapping[RowId, Row], log: Log, budget: int | None):
-        if budget is not None and (isinstance(budget, bool) or budget < 0):
-            raise InputError(f"a budget of {budget} tokens for chains", remedy="give 0 or more")
+    def __init__(self, planner: Planner, rows: Mapping[RowId, Row], log: Iterable[Request], budget: int | None):
         self.planner, self.rows = planner, rows
         self._by_source = {r.source: r for r in rows.values()}
         room = planner.rules.context_tokens - planner.rules.reserve - len(planner.head_task.ids)
-        self._trie: Trie = count(read_log(log), lru_cache(1 << 16)(self._passages), room)
+        self._trie: Trie = count(log, lru_cache(1 << 16)(self._passages), room)
         allowed = sum(p.tokens for r in rows.values() for p in r.passages) if budget is None else budget
         self._chosen = choose(self._trie, self._free, allowed)
         self.report = self._reported(allowed)

@@ -140,7 +140,7 @@ class Composer:
         """Keys and values of all pieces at their places: those that an earlier prompt left in the device cache, where nobody will write to them."""
         shared = shared and bool(self.hot.budget) and all(p.stored is not None for p in held)
         key = tuple((p.stored.id, tiers[p.stored.pack.manifest.encoding_id], p.at, p.held) for p in held if p.stored is not None)
-        if shared and (kept := self.hot.get(key)) is not None:
+        if shared and (kept := self.hot.get(key)) is not None and not getattr(kept, "damaged", False):
             return kept
         layers: Sequence[KV] = tuple(allocate(self.view.layout, tokens, self.source.model.device))
         readies = self._decode([p for p in held if p.stored is not None], tiers, layers, masked)
@@ -170,8 +170,8 @@ class Composer:
         """What recurrent layers hold at the end of the cached tokens: it is stored with the last segment of a chain, and with nothing else."""
         if not self.view.layout.state or not held:
             return ()
-        after = [p for p in held if p.receipt.context == "same prefix" and p.cut is None]
-        whole = [p.stored for p in after if p.stored is not None and len(p.block.ids) == p.stored.segment.tokens]
+        after = [p for p in held if p.receipt.context == "same prefix"]
+        whole = [p.stored for p in after if p.stored is not None and p.held == p.stored.segment.tokens]
         if len(whole) < len(held):
             require_no_state(self.view.layout, "tokens that are no chain of whole stored segments", "use reuse='prefix'")
         try:

@@ -22,7 +22,7 @@ class Recent(Generic[Value]):
         if budget < 0:
             raise InputError(f"a cache of {budget} bytes", remedy="give 0 or more")
         self.budget, self._size = budget, size
-        self.hits = self.misses = self.nbytes = 0
+        self.nbytes = 0
         self._kept: OrderedDict[Hashable, Value] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -33,11 +33,8 @@ class Recent(Generic[Value]):
         """The value, now the most recent; None where there is none."""
         with self._lock:
             found = self._kept.get(key)
-            if found is None:
-                self.misses += 1
-                return None
-            self.hits += 1
-            self._kept.move_to_end(key)
+            if found is not None:
+                self._kept.move_to_end(key)
             return found
 
     def put(self, key: Hashable, value: Value) -> None:
@@ -51,11 +48,6 @@ class Recent(Generic[Value]):
             self.nbytes += size
             while self.nbytes > self.budget:
                 self._drop(next(iter(self._kept)))
-
-    def clear(self) -> None:
-        with self._lock:
-            self._kept.clear()
-            self.nbytes = 0
 
     def _drop(self, key: Hashable) -> None:
         if (value := self._kept.pop(key, None)) is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import sqlite3
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -64,6 +65,7 @@ class Index:
         self._packs: dict[str, Pack] = {}
         self._stamps: dict[str, object] = {}
         self.damaged: dict[str, str] = {}
+        self._turn = threading.RLock()  # threads share one connection, and would see each other's transactions
         self._db, self._process = self._connect(), os.getpid()
 
     def _connect(self) -> sqlite3.Connection:
@@ -100,8 +102,13 @@ class Index:
 
     def _recovering(self, work: Callable[[], Result]) -> Result:
         """`work`, once more after the file proved damaged (then it is replaced) or unusable (then the index moves to memory)."""
-        if self._process != os.getpid():  # a forked child must not share its parent's connection
+        if self._process != os.getpid():  # a forked child must not share its parent's connection, nor a lock that one of its threads held
+            self._turn = threading.RLock()
             self._db, self._process = self._connect(), os.getpid()
+        with self._turn:
+            return self._tried(work)
+
+    def _tried(self, work: Callable[[], Result]) -> Result:
         try:
             return work()
         except sqlite3.DatabaseError as error:

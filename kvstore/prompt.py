@@ -107,7 +107,7 @@ class Prompt:
         kept = ids[: asked + len(answer)]
         whole = torch.cat([kept, torch.tensor(tail, device=kept.device)])[None]
         self.dialogue.require_room(whole.shape[1])
-        layers = _grown(getattr(output, "past_key_values", None), len(kept), self)
+        layers = _grown(getattr(output, "past_key_values", None), len(kept), len(ids), self)
         receipt = msgspec.structs.replace(self.receipt, prompt_tokens=whole.shape[1], cached_tokens=layers[0][0].shape[-2])
         return replace(self, input_ids=whole, receipt=receipt, layers=layers)
 
@@ -123,18 +123,32 @@ def _ids_of(output: Any, prompt: Prompt) -> torch.Tensor:
     return ids
 
 
-def _grown(cache: Any, tokens: int, prompt: Prompt) -> Sequence[KV]:
-    """Keys and values of at most `tokens` tokens from the cache that generation left; the prompt's own where that one is none to take."""
+def _grown(cache: Any, tokens: int, generated: int, prompt: Prompt) -> Sequence[KV]:
+    """Keys and values of at most `tokens` tokens from the cache that generation left; the prompt's own where that one is none to take.
+
+    Rows that are not the output's tokens one by one show in their number: drafts of assisted decoding that were left in are more than it has.
+    """
+    least = prompt.receipt.cached_tokens
     found = getattr(cache, "layers", [])
     whole = all(type(layer) is DynamicLayer and layer.keys.shape[0] == 1 for layer in found)  # others keep a window, or a state
-    if not whole or len(found) != len(prompt.layers) or any(layer.keys.shape[-2] < prompt.receipt.cached_tokens for layer in found):
+    if not whole or len(found) != len(prompt.layers) or any(not least <= layer.keys.shape[-2] <= generated for layer in found):
         return prompt.layers
     held = min(tokens, *(layer.keys.shape[-2] for layer in found))
     return tuple((layer.keys[..., :held, :], layer.values[..., :held, :]) for layer in found)
 
 
+def _assisted(*given: Any, **more: Any) -> None:
+    raise InputError(
+        "assisted decoding reads the cached tokens a second time", remedy="leave out assistant_model and prompt_lookup_num_tokens", code="assisted"
+    )
+
+
 def _inputs(ids: torch.Tensor, mask: torch.Tensor, cache: Cache) -> dict[str, Any]:
-    """`use_cache` is said aloud: where a model's generation config says otherwise, generate would read the cached ids twice."""
+    """`use_cache` is said aloud: where a model's generation config says otherwise, generate would read the cached ids twice.
+
+    Assisted decoding and prompt look-up do so in any case (transformers 5.23), with wrong answers: they are refused when they first touch the cache.
+    """
+    vars(cache)["activate_past_recording"] = _assisted
     return {"input_ids": ids, "attention_mask": mask, "past_key_values": cache, "use_cache": True}
 
 

@@ -466,6 +466,16 @@ def test_a_prefix_that_ends_within_a_segment_is_computed_live(opened: kvstore.Op
     assert prompt.receipt.cached_tokens == len(opened.view.head().ids)
 
 
+def test_a_line_appended_to_a_document_is_computed_after_it(falcon: Built, opened: kvstore.OpenStore) -> None:
+    """All that is stored of it is a beginning of the new text, and its state stands there."""
+    prompt = opened.compose([Document(TEXTS["tower.md"].strip() + "\nIt fell.", "tower.md")], QUERY)
+    n = prompt.receipt.cached_tokens
+    assert prompt.receipt.documents[1].cut and n > len(opened.view.head().ids)
+    found = logits(falcon.model, prompt.inputs["input_ids"][:, n:], prompt.inputs["past_key_values"])
+    live = logits(falcon.model, prompt.input_ids, None)
+    assert torch.allclose(found[:, -1], live[:, -1], atol=1e-4)
+
+
 def test_batches_of_unequal_lengths_are_refused_and_equal_ones_are_not(falcon: Built, opened: kvstore.OpenStore) -> None:
     one, other = (opened.compose([s], QUERY) for s in ("tower.md", "gulls.md"))
     with pytest.raises(IncompatibleError, match="different lengths.*recurrent state"):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from transformers import DynamicCache
@@ -15,6 +18,8 @@ import kvstore
 from kvstore import Document, answering
 from kvstore.errors import IncompatibleError, InputError
 from kvstore.hot import Recent
+from kvstore.snapshot import Change
+from kvstore.store import Store
 from kvstore.template import Renderer, make_template
 from kvstore.tokens import TextEncoder
 from kvstore.turns import Turns
@@ -158,6 +163,50 @@ def test_the_output_of_another_prompt_is_refused(store: kvstore.OpenStore, model
         first.follow(first.input_ids, " ")
     with pytest.raises(InputError, match="takes"):
         first.follow(first.input_ids, "and then " * 3000)
+
+
+def test_assisted_decoding_is_refused(store: kvstore.OpenStore, model: Any) -> None:
+    """transformers would feed all ids again although the cache holds them, and the answer would be another."""
+    prompt = store.compose(["tower.md"], QUERY)
+    with pytest.raises(InputError, match="assisted"):
+        model.generate(**prompt.inputs, max_new_tokens=8, do_sample=False, pad_token_id=0, prompt_lookup_num_tokens=2)
+
+
+def test_a_cache_of_more_rows_than_tokens_is_not_taken_over(store: kvstore.OpenStore, model: Any) -> None:
+    first = store.compose(["tower.md"], QUERY)
+    output = model.generate(**first.inputs, max_new_tokens=4, do_sample=False, pad_token_id=0, return_dict_in_generate=True)
+    output.past_key_values.layers[0].keys = torch.cat([output.past_key_values.layers[0].keys] * 2, 2)
+    second = first.follow(output, NEXT)
+    assert second.receipt.cached_tokens == first.receipt.cached_tokens
+    torch.testing.assert_close(logits(model, second), live_logits(model, second.input_ids), rtol=1e-3, atol=1e-3)
+
+
+def test_threads_may_refresh_while_others_compose(folder: Path, model: Any, bundled_tokenizer: Any, tmp_path: Path) -> None:
+    """They share one connection to the index: without turns a reader sees a table that another one is filling."""
+    path = tmp_path / "kv.zarr"
+    shutil.copytree(folder, path)
+    shared, other, done = kvstore.open(path, model, bundled_tokenizer), Store(path), threading.Event()
+
+    def commit() -> None:
+        (row, *_) = other.rows()
+        for number in range(30):
+            other.commit(Change((msgspec.structs.replace(row, metadata={"n": number}),)), "test")
+        done.set()
+
+    def refresh() -> None:
+        while not done.is_set():
+            shared.refresh()
+
+    def look() -> int:
+        found = 0
+        while not done.is_set():
+            found += len(shared.rows("tower.md")) == 1 and "lantern.md" in shared
+        return found
+
+    with ThreadPoolExecutor(5) as pool:
+        running = [pool.submit(work) for work in (refresh, refresh, look, look, commit)]
+        assert all(r.exception() is None for r in running) and min(running[2].result(), running[3].result()) > 0
+    assert shared.number == other.number
 
 
 def test_an_answer_in_a_stream_is_the_answer(store: kvstore.OpenStore) -> None:

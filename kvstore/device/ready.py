@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from kvstore.device.streams import Event, Streams
+from kvstore.errors import KvstoreError
 
 KV = tuple[torch.Tensor, torch.Tensor]
 Verify = Callable[[], None]
@@ -32,6 +33,7 @@ class Ready:
     verifies: list[Verify] = field(default_factory=list)
     _joined: set[int] = field(default_factory=set)
     _finished: bool = False
+    damaged: bool = False
 
     def add(self, event: Event, verify: Verify) -> None:
         """The next group: `event` occurs when it is in the cache; `verify` then raises IntegrityError where a unit of it was damaged."""
@@ -41,11 +43,9 @@ class Ready:
     def follow(self, layer: int) -> None:
         """What the caller launches from now on finds this layer's values. Raises IntegrityError, at the latest for the last layer."""
         group = self.group_of[layer]
-        if self._finished or group in self._joined:
-            return
         if group == len(self.events) - 1:
             self.finish()
-        elif self.streams.occurred(self.events[group]):
+        elif group in self._joined or self.streams.occurred(self.events[group]):
             self.join(group)
         else:
             self.streams.wait(self.streams.current(), self.events[group])
@@ -61,10 +61,14 @@ class Ready:
         """The host waits for everything. Raises IntegrityError."""
         if self._finished:
             return
-        for check in self.checks:
-            check.result()
-        for group in range(len(self.events)):
-            self.join(group)
+        try:
+            for check in self.checks:
+                check.result()
+            for group in range(len(self.events)):
+                self.join(group)
+        except KvstoreError:
+            self.damaged = True
+            raise
         self.done()
         self._finished = True
 
@@ -73,7 +77,7 @@ class Ready:
 
 
 class Pending(Sequence[KV]):
-    """The layers of a cache on its way, (keys, values) each: taking one waits until it is there and sound. `tensors` are the same without waiting."""
+    """The layers of a cache on its way, (keys, values) each: taking one waits until all are there and sound. `tensors`: not waited for."""
 
     def __init__(self, tensors: Sequence[KV], readies: Sequence[Ready]):
         self.tensors, self.readies = tuple(tensors), tuple(readies)
@@ -82,16 +86,17 @@ class Pending(Sequence[KV]):
         return len(self.tensors)
 
     def __getitem__(self, at: Any) -> Any:
-        if isinstance(at, slice):
-            return tuple(self[i] for i in range(*at.indices(len(self))))
-        for ready in self.readies:
-            ready.join(ready.group_of[at])
-        return self.tensors[at]
+        return tuple(self)[at]  # what is taken leaves our hands: all digests must have been compared
 
     def __iter__(self) -> Iterator[KV]:
         for ready in self.readies:
             ready.finish()
         return iter(self.tensors)
+
+    @property
+    def damaged(self) -> bool:
+        """Whether someone who waited was told so."""
+        return any(ready.damaged for ready in self.readies)
 
     @property
     def peak_nbytes(self) -> int:

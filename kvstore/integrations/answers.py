@@ -24,7 +24,8 @@ COMPOSE = frozenset(inspect.signature(OpenStore.compose).parameters) - {"self", 
 GENERATE = frozenset(inspect.signature(GenerationMixin.generate).parameters) - {"self", "kwargs"}
 # What the prompt decides, or would be more than one answer.
 REFUSED = frozenset(
-    "inputs input_ids attention_mask past_key_values use_cache num_return_sequences return_dict_in_generate streamer tokenizer stop_strings".split()
+    "inputs input_ids attention_mask past_key_values use_cache num_return_sequences return_dict_in_generate streamer tokenizer stop_strings "
+    "assistant_model assistant_tokenizer prompt_lookup_num_tokens custom_generate".split()
 )
 
 

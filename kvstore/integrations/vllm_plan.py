@@ -46,7 +46,7 @@ class Settings:
             raise InputError(f"kv_connector_extra_config has {', '.join(unknown)}", remedy=f"known are store, encoding, workers, {', '.join(wishes)}")
         if not given.get("store"):
             raise InputError("kv_connector_extra_config names no store", remedy='add {"store": "/path/to/kv.zarr"}')
-        if not isinstance(workers := given.get("workers"), (int, type(None))) or workers == 0:
+        if (workers := given.get("workers")) is not None and (type(workers) is not int or workers < 1):
             raise InputError(f"workers={workers!r} is no number of threads", remedy="leave it out, or give a whole number from 1 on")
         return cls(str(given["store"]), Quality(**{w: given.get(w) for w in wishes}), str(given.get("encoding") or ""), workers)
 
