@@ -85,7 +85,7 @@ class Decoder:
         self.workers = workers or os.cpu_count() or 1
         self.hot: Recent[npt.NDArray[Any]] = Recent(host_cache, lambda values: values.nbytes)
         self._owned: tuple[int, ThreadPoolExecutor] | None = None
-        self._scratch, self._turns, self._courier = Scratch(), Turns(), Courier()
+        self._scratch, self._turns, self._courier = Scratch(), AngleTables(), Courier()
         self._streams: dict[torch.device, Streams] = {}
         self._paths: dict[torch.device, DevicePath] = {}
         self._opening = threading.Lock()
@@ -202,7 +202,7 @@ class Scratch(threading.local):
         return self.buffers[name][:nbytes].view(dtype).reshape(shape)
 
 
-class Turns:
+class AngleTables:
     """cos and sin of all positions up to the furthest one asked for, per rope: computing them anew took half of a raw load's time.
 
     Made on the cache's own device: cosines of a CPU and a GPU differ in the last bits.
@@ -235,7 +235,7 @@ class _Job:
     """One piece on its way into a cache. Units are decoded, cast, transposed and rotated one by one, by whichever thread takes them."""
 
     def __init__(
-        self, piece: Piece, tiers: Sequence[Tier], cache: Sequence[KV], scratch: Scratch, turns: Turns, hot: Recent[npt.NDArray[Any]], way: _Way
+        self, piece: Piece, tiers: Sequence[Tier], cache: Sequence[KV], scratch: Scratch, turns: AngleTables, hot: Recent[npt.NDArray[Any]], way: _Way
     ):
         self.piece, self.cache, self.pack, self.scratch = piece, cache, piece.stored.pack, scratch
         self.layout, self.block = self.pack.layout, piece.stored.encoding.block_tokens

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kvstore.codecs.transform_ladder import Rows
-from kvstore.device.units import I64, U32, WIDTHS, Alike, Heads, Streams, require
+from kvstore.device.units import I64, U32, WIDTHS, Alike, Heads, StreamPlaces, require
 
 MOST = 1 << 20  # an excess beyond it is out of range whatever it corrects: levels are below 29,525
 
@@ -23,7 +23,7 @@ class Corrections(NamedTuple):
     excess: I64
 
 
-def corrections(words: U32, heads: Heads, these: Alike, tier: int, rows: Sequence[Rows], found: Streams) -> Corrections | None:
+def corrections(words: U32, heads: Heads, these: Alike, tier: int, rows: Sequence[Rows], found: StreamPlaces) -> Corrections | None:
     """Of one tier of units that are alike. Raises IntegrityError for places beyond the last level."""
     counts, form = heads.escapes[these.units, tier], heads.form[these.units, tier]
     if not counts.any():

@@ -19,7 +19,7 @@ from kvstore.codecs.transform_ladder import PER_THREE, Ladder, Rows, rows_of
 from kvstore.codecs.transform_sets import STEP_CLASSES
 from kvstore.codecs.transform_units import DTYPES
 from kvstore.device.corrections import Corrections, corrections
-from kvstore.device.units import I64, U32, Alike, Heads, Streams, alike, read_heads, streams
+from kvstore.device.units import I64, U32, Alike, Heads, StreamPlaces, alike, read_heads, streams
 from kvstore.errors import InputError
 
 LANES = 32  # streams a program: a warp
@@ -182,7 +182,7 @@ class _Layout:
 
 
 def _launch(
-    tables: _Tables, layout: _Layout, found: Sequence[Streams], rows: Sequence[Sequence[Rows]], ladder: Ladder, tier: int, lanes: int
+    tables: _Tables, layout: _Layout, found: Sequence[StreamPlaces], rows: Sequence[Sequence[Rows]], ladder: Ladder, tier: int, lanes: int
 ) -> Launch:
     """One part for each row of each set of each class of units; a program takes `lanes` streams of one part."""
     parts, programs = list[list[int]](), list[int]()
@@ -229,7 +229,7 @@ def _note_wide(wide: dict[int, I64], code: int, coefficient: I64, excess: I64, a
         wide[code] = np.union1d(wide.get(code, np.empty(0, np.int64)), coefficient[most > EXACT_HALF])
 
 
-def _raws(heads: Heads, classes: Sequence[Alike], found: Sequence[Streams], layout: _Layout) -> list[RawTokens]:
+def _raws(heads: Heads, classes: Sequence[Alike], found: Sequence[StreamPlaces], layout: _Layout) -> list[RawTokens]:
     raws, row = [], layout.raw_row
     for these, places in zip(classes, found, strict=True):
         count = these.raw.shape[1]

@@ -52,7 +52,7 @@ class Alike:
     listed: I64
 
 
-class Streams(NamedTuple):
+class StreamPlaces(NamedTuple):
     """Of one tier of units that are alike: stream s of unit j is `words[1 + ends[j, s] : 1 + ends[j, s + 1]]`.
 
     `raw` and `escapes` [J]: words where these begin.
@@ -119,7 +119,7 @@ def _together(members: Sequence[tuple[int, int, list[tuple[int, I64]]]]) -> Alik
     return Alike(units, sets, raw, listed)
 
 
-def streams(words: U32, heads: Heads, these: Alike, tier: int, rows: Sequence[Rows], values: int) -> Streams:
+def streams(words: U32, heads: Heads, these: Alike, tier: int, rows: Sequence[Rows], values: int) -> StreamPlaces:
     """Where the streams of a tier's `rows` lie; `values`: of a raw token. Raises IntegrityError where a record is not as long as it says."""
     units, count = these.units, sum(cut.streams for row in rows for cut in row.cuts())
     end, lengths = heads.end[units, tier], -(-count // 2)
@@ -133,7 +133,7 @@ def streams(words: U32, heads: Heads, these: Alike, tier: int, rows: Sequence[Ro
     raw = ends[:, -1] + 1
     escapes = raw + _raw_words(heads.form[units, 0], these.raw.shape[1] * values if tier == 0 else 0)
     require(escapes + -(-heads.escape_bytes()[units, tier] // 4) == end, "its parts do not add up to its length", units)
-    return Streams(ends, raw, escapes)
+    return StreamPlaces(ends, raw, escapes)
 
 
 def _raw_words(form: I64, values: int) -> I64:
